@@ -1,0 +1,384 @@
+"""The segment as a file: its names, its settings, creation, opening, removal.
+
+A segment is a ``multiprocessing.shared_memory`` block; what stands here and not
+there is what a shared block of that kind lacks: room that is reserved at once
+(``posix_fallocate``, so that a full /dev/shm is an error now and never a SIGBUS
+later), a look at owner, mode and size before a byte is believed, and no resource
+tracker, which would remove a block that other processes still use.
+
+Creation happens under the admin lock (see _workers.py) and stores the magic word
+last, so nobody sees half a segment; one whose creator was killed has no magic word
+and is replaced by the next process.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import secrets
+import stat
+import time
+from dataclasses import dataclass, fields
+from multiprocessing.shared_memory import SharedMemory
+
+import posix_ipc
+
+from shmcache import _layout as L
+from shmcache.errors import (
+    ConfigMismatch,
+    OutOfSharedMemory,
+    SegmentCorrupt,
+    SegmentRefused,
+)
+
+SHM_DIR = "/dev/shm"  # noqa: S108 - where Linux keeps POSIX shared memory
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names in /dev/shm of one user's cache."""
+
+    cache: str
+    segment: str  # as shared_memory knows it
+
+    @classmethod
+    def of(cls, name: str, uid: int | None = None) -> Names:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"cache name {name!r} is not 1 to 100 letters, digits, '.', '_' or '-';"
+                " choose such a name"
+            )
+        return cls(name, f"shmcache-{os.geteuid() if uid is None else uid}-{name}")
+
+    @property
+    def segment_path(self) -> str:
+        return f"{SHM_DIR}/{self.segment}"
+
+    @property
+    def lease_path(self) -> str:
+        return f"{SHM_DIR}/{self.segment}.lease"
+
+    def semaphore(self, shard: int) -> str:
+        return f"/{self.segment}.{shard}"
+
+    def semaphore_path(self, shard: int) -> str:
+        return f"{SHM_DIR}/sem.{self.segment}.{shard}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all processes that share a segment must agree on."""
+
+    max_entries: int
+    max_bytes: int
+    ttl_ns: int  # 0: never
+    sliding: bool
+    jitter_ppm: int
+    cleanup_ns: int
+    shards: int
+    persist: bool
+    codec: str
+
+    @property
+    def geometry(self) -> L.Geometry:
+        return L.plan_for(self.max_entries, self.max_bytes, self.shards)
+
+    def capacities(self) -> list[int]:
+        """How many entries each shard may hold."""
+        blocks = self.geometry.blocks
+        return [
+            L.shard_capacity(self.max_entries, self.shards, shard, blocks)
+            for shard in range(self.shards)
+        ]
+
+    def require_same(self, wanted: Settings, name: str) -> None:
+        """Raise ConfigMismatch naming every setting in which ``wanted`` differs."""
+        differences = [
+            f"{_shown(field.name, getattr(self, field.name))}"
+            f" but asked for {_shown(field.name, getattr(wanted, field.name), '')}"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(wanted, field.name)
+        ]
+        if differences:
+            raise ConfigMismatch(
+                f"cache {name!r} exists with other settings: {'; '.join(differences)}."
+                " Ask for the same in all processes, use Cache.attach() to take what"
+                f" is there, or remove it with: shmcache unlink {name}"
+            )
+
+
+_SHOWN = {
+    "ttl_ns": ("ttl", lambda v: f"{v / 1e9:g} s" if v else None),
+    "jitter_ppm": ("jitter", lambda v: v / 1e6),
+    "cleanup_ns": ("cleanup_interval", lambda v: f"{v / 1e9:g} s"),
+}
+
+
+def _shown(field: str, value: object, between: str = " is ") -> str:
+    name, show = _SHOWN.get(field, (field, repr))
+    return f"{name if between else ''}{between}{show(value)}"
+
+
+@dataclass(frozen=True)
+class Header:
+    """A segment's header, checked."""
+
+    settings: Settings
+    geometry: L.Geometry
+    name: str
+    seed: int
+    created_ns: int  # wall clock
+    epoch_ns: int  # the cache's clock
+    lease_inode: int
+
+
+class Block(SharedMemory):
+    """A shared memory block, opened with care and without a resource tracker."""
+
+    _track = False  # for SharedMemory.unlink of Python 3.13
+
+    def __init__(self, names: Names, size: int = 0) -> None:
+        """Create the block with ``size`` bytes reserved, or open it if size is 0.
+
+        Raises FileNotFoundError, OutOfSharedMemory, SegmentRefused, SegmentCorrupt.
+        """
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        if size:
+            flags |= os.O_CREAT | os.O_EXCL
+        self._name = "/" + names.segment
+        self._fd = open_own(names.segment_path, flags)
+        try:
+            if size:
+                self._reserve(names, size)
+            self._size = os.fstat(self._fd).st_size
+            if self._size < L.ROWS_AT + L.ROWS * L.ROW_SIZE:
+                raise SegmentCorrupt(
+                    f"{names.segment_path} has {self._size} bytes, too few for a"
+                    " segment: its creation was cut short, or another program cut the"
+                    f" file; remove it with: shmcache unlink {names.cache}"
+                )
+            self._mmap = mmap.mmap(self._fd, self._size)
+        except BaseException:
+            os.close(self._fd)
+            self._fd = -1
+            raise
+        self._buf = memoryview(self._mmap)
+
+    def _reserve(self, names: Names, size: int) -> None:
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:
+            os.unlink(names.segment_path)
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                raise
+            free = os.statvfs(SHM_DIR)
+            raise OutOfSharedMemory(
+                f"cache {names.cache!r} needs {size:,} bytes of shared memory,"
+                f" and {SHM_DIR} has {free.f_bavail * free.f_frsize:,} free;"
+                " lower max_bytes or max_entries, or give it more room (docker:"
+                " --shm-size, Kubernetes: an emptyDir of medium Memory on /dev/shm)"
+            ) from error
+
+    def close(self) -> None:
+        """Let go of the block.  The mapping ends with the last view of it."""
+        self._buf = None
+        self._mmap = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def open_own(path: str, flags: int) -> int:
+    """A descriptor of a regular file that is ours and that only we can open."""
+    try:
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.EACCES, errno.ENXIO):
+            raise
+        raise SegmentRefused(
+            f"{path} is no file of ours ({os.strerror(error.errno or 0)}):"
+            " find out who put it there, and remove it or choose another cache name"
+        ) from error
+    found = os.fstat(fd)
+    reason = None
+    if not stat.S_ISREG(found.st_mode):
+        reason = "is not a regular file"
+    elif found.st_uid != os.geteuid():
+        reason = f"belongs to user {found.st_uid}, and we are user {os.geteuid()}"
+    elif found.st_mode & 0o077:
+        reason = f"has mode {stat.S_IMODE(found.st_mode):o}, so others can open it"
+    if reason:
+        os.close(fd)
+        raise SegmentRefused(
+            f"{path} {reason}; a cache's files belong to its user with mode 600:"
+            " remove the file, or choose another cache name"
+        )
+    return fd
+
+
+def create(names: Names, settings: Settings, lease_inode: int, now: int) -> Block:
+    """A new, empty segment with its semaphores; the caller holds the admin lock."""
+    geometry = settings.geometry
+    block = Block(names, geometry.size)
+    try:
+        make_semaphores(names, geometry.shards)
+        buffer = block.buf
+        words = buffer.cast("Q")
+        flags = L.FLAG_PERSIST * settings.persist | L.FLAG_SLIDING * settings.sliding
+        for word, value in {
+            L.H_FORMAT: L.FORMAT,
+            L.H_SIZE: geometry.size,
+            L.H_SEED: secrets.randbits(64),
+            L.H_CREATED: time.time_ns(),
+            L.H_EPOCH: now,
+            L.H_SHARDS: geometry.shards,
+            L.H_SLOTS: geometry.slots,
+            L.H_BLOCKS: geometry.blocks,
+            L.H_BLOCK_SIZE: geometry.block_size,
+            L.H_STRIDE: geometry.stride,
+            L.H_ROWS: L.ROWS,
+            L.H_MAX_ENTRIES: settings.max_entries,
+            L.H_MAX_BYTES: settings.max_bytes,
+            L.H_TTL: settings.ttl_ns,
+            L.H_JITTER: settings.jitter_ppm,
+            L.H_CLEANUP: settings.cleanup_ns,
+            L.H_FLAGS: flags,
+            L.H_LEASE: lease_inode,
+        }.items():
+            words[word] = value
+        _put_text(buffer, L.CODEC_AT, L.CODEC_SIZE, settings.codec)
+        _put_text(buffer, L.NAME_AT, L.NAME_SIZE, names.cache)
+        words[L.H_MAGIC] = L.MAGIC
+    except BaseException:
+        remove(names, geometry.shards)
+        block.close()
+        raise
+    return block
+
+
+def _put_text(buffer: memoryview, at: int, size: int, text: str) -> None:
+    data = text.encode()
+    if len(data) >= size:
+        raise ValueError(
+            f"{text!r} takes {len(data)} bytes of UTF-8; the segment has room for"
+            f" {size - 1}: choose a shorter name"
+        )
+    buffer[at] = len(data)
+    buffer[at + 1 : at + 1 + len(data)] = data
+
+
+def _text(buffer: memoryview, at: int, size: int) -> str:
+    return bytes(buffer[at + 1 : at + 1 + min(buffer[at], size - 1)]).decode(
+        errors="replace"
+    )
+
+
+def read_header(names: Names, buffer: memoryview) -> Header:
+    """The header of a mapped segment, or SegmentCorrupt."""
+
+    def corrupt(reason: str) -> SegmentCorrupt:
+        return SegmentCorrupt(
+            f"{names.segment_path} {reason}; stop its users, if any, and remove it"
+            f" with: shmcache unlink {names.cache}"
+        )
+
+    words = buffer.cast("Q")
+    if words[L.H_MAGIC] != L.MAGIC:
+        raise corrupt("is not a segment of this package (no magic word)")
+    if words[L.H_FORMAT] != L.FORMAT:
+        raise corrupt(
+            f"has format {words[L.H_FORMAT]}, and this version of shmcache reads"
+            f" format {L.FORMAT}"
+        )
+    flags = words[L.H_FLAGS]
+    settings = Settings(
+        max_entries=words[L.H_MAX_ENTRIES],
+        max_bytes=words[L.H_MAX_BYTES],
+        ttl_ns=words[L.H_TTL],
+        sliding=bool(flags & L.FLAG_SLIDING),
+        jitter_ppm=words[L.H_JITTER],
+        cleanup_ns=words[L.H_CLEANUP],
+        shards=words[L.H_SHARDS],
+        persist=bool(flags & L.FLAG_PERSIST),
+        codec=_text(buffer, L.CODEC_AT, L.CODEC_SIZE),
+    )
+    if not 1 <= settings.shards <= L.MAX_SHARDS:
+        raise corrupt(f"claims {settings.shards} shards")
+    geometry = settings.geometry
+    written = (
+        words[L.H_SLOTS],
+        words[L.H_BLOCKS],
+        words[L.H_BLOCK_SIZE],
+        words[L.H_STRIDE],
+        words[L.H_SIZE],
+        words[L.H_ROWS],
+    )
+    planned = (
+        geometry.slots,
+        geometry.blocks,
+        geometry.block_size,
+        geometry.stride,
+        geometry.size,
+        L.ROWS,
+    )
+    if written != planned:
+        raise corrupt(f"has a damaged geometry ({written} for {planned})")
+    if len(buffer) != geometry.size:
+        raise corrupt(
+            f"has {len(buffer):,} bytes and should have {geometry.size:,}: another"
+            " program changed the file"
+        )
+    name = _text(buffer, L.NAME_AT, L.NAME_SIZE)
+    if name != names.cache:
+        raise corrupt(f"was made for a cache named {name!r}")
+    return Header(
+        settings=settings,
+        geometry=geometry,
+        name=name,
+        seed=words[L.H_SEED],
+        created_ns=words[L.H_CREATED],
+        epoch_ns=words[L.H_EPOCH],
+        lease_inode=words[L.H_LEASE],
+    )
+
+
+def make_semaphores(names: Names, shards: int) -> None:
+    """New semaphores with one permit each, in place of any that were left."""
+    for shard in range(shards):
+        name = names.semaphore(shard)
+        _unlink_semaphore(name)
+        posix_ipc.Semaphore(
+            name, posix_ipc.O_CREX, mode=0o600, initial_value=1
+        ).close()
+
+
+def _unlink_semaphore(name: str) -> None:
+    try:
+        posix_ipc.unlink_semaphore(name)
+    except posix_ipc.ExistentialError:
+        pass
+
+
+def remove(names: Names, shards: int | None = None) -> None:
+    """Remove a segment and its semaphores; the lease file is the caller's.
+
+    Without ``shards`` the directory tells which semaphores there are.
+    """
+    if shards is None:
+        prefix = f"sem.{names.segment}."
+        left = [
+            entry[len("sem.") :]
+            for entry in os.listdir(SHM_DIR)
+            if entry.startswith(prefix) and entry[len(prefix) :].isdigit()
+        ]
+    else:
+        left = [names.semaphore(shard)[1:] for shard in range(shards)]
+    for name in left:
+        _unlink_semaphore("/" + name)
+    try:
+        os.unlink(names.segment_path)
+    except FileNotFoundError:
+        pass

@@ -1,0 +1,2520 @@
+# cython: language_level=3, auto_pickle=False, wraparound=False, cdivision=True
+"""The engine: everything that runs inside, or in place of, a shard's lock.
+
+One class, one compilation unit, because no Python code may run between taking a
+shard's lock and giving it back: a signal handler, a finalizer started by the
+garbage collector or another thread would find the shard half changed.  For the
+same reason nothing here allocates objects that the collector tracks while the
+lock is held.  The file reads from the inside out:
+
+    words and bytes     the views, and where things lie
+    lists               chains, LRU ring, blocks, free lists
+    timer wheel         O(1) to enter and leave, O(expired) to collect
+    entries             find, store, retire, evict
+    repair              all lists anew from the live records
+    lock                semaphore, holder, epoch
+    reading             without the lock (compiled), and the touch buffer
+    operations          the public methods of a cache
+
+The same text runs compiled by Cython and interpreted.  ``if cython.compiled:``
+stands only where the two must differ: memory order, raw copies, semaphores.
+
+What holds at every single store (so at every instant at which a process may die):
+an entry is in the cache if and only if its record's version is odd, and then its
+other fields, key and value are in place.  So a writer fills a free record and
+fresh blocks first and publishes by storing the version; an entry that goes has
+its version cleared first; an overwrite publishes a second record and retires the
+first.  Everything else is derived, and ``_rebuild`` derives it.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import struct
+from array import array
+from threading import get_ident
+from time import monotonic_ns
+from typing import Any
+
+from xxhash import xxh3_64_intdigest
+
+from shmcache import _layout as L
+from shmcache._codec import decode_tagged, encode_key
+from shmcache.errors import (
+    EntryTooLarge,
+    LockTimeout,
+    SegmentCorrupt,
+    UnsupportedValue,
+)
+
+try:
+    import cython
+except ImportError:
+    from shmcache import _cython as cython
+
+if cython.compiled:
+    from cython.cimports.cpython.bytes import (
+        PyBytes_AS_STRING,
+        PyBytes_FromStringAndSize,
+    )
+    from cython.cimports.cpython.exc import PyErr_CheckSignals
+    from cython.cimports.shmcache._memory import (
+        cas,
+        load,
+        lowest_bit,
+        memcmp,
+        memcpy,
+        now_ns,
+        pause,
+        prefetch,
+        read_fence,
+        sem_close,
+        sem_open,
+        sem_post,
+        sem_try,
+        sem_wait,
+        store,
+        sum_words,
+        write_fence,
+    )
+else:
+    from posix_ipc import BusyError, SignalError
+    from posix_ipc import Semaphore as PosixSemaphore
+
+compiled: bool = cython.compiled
+
+# C twins of the layout's numbers: a module-level Python int costs 30 times as much.
+_S_EPOCH = cython.declare(cython.Py_ssize_t, L.S_EPOCH)
+_S_HOLDER = cython.declare(cython.Py_ssize_t, L.S_HOLDER)
+_S_TURNS = cython.declare(cython.Py_ssize_t, L.S_TURNS)
+_S_SEQUENCE = cython.declare(cython.Py_ssize_t, L.S_SEQUENCE)
+_S_ENTRIES = cython.declare(cython.Py_ssize_t, L.S_ENTRIES)
+_S_BLOCKS_USED = cython.declare(cython.Py_ssize_t, L.S_BLOCKS_USED)
+_S_FREE_SLOT = cython.declare(cython.Py_ssize_t, L.S_FREE_SLOT)
+_S_FRESH_SLOT = cython.declare(cython.Py_ssize_t, L.S_FRESH_SLOT)
+_S_FREE_BLOCK = cython.declare(cython.Py_ssize_t, L.S_FREE_BLOCK)
+_S_FRESH_BLOCK = cython.declare(cython.Py_ssize_t, L.S_FRESH_BLOCK)
+_S_TICK = cython.declare(cython.Py_ssize_t, L.S_TICK)
+_S_DUE = cython.declare(cython.Py_ssize_t, L.S_DUE)
+_S_HITS = cython.declare(cython.Py_ssize_t, L.S_HITS)
+_S_MISSES = cython.declare(cython.Py_ssize_t, L.S_MISSES)
+_S_SETS = cython.declare(cython.Py_ssize_t, L.S_SETS)
+_S_TOO_LARGE = cython.declare(cython.Py_ssize_t, L.S_TOO_LARGE)
+_S_GONE = cython.declare(cython.Py_ssize_t, L.S_GONE)
+_S_UNREAD = cython.declare(cython.Py_ssize_t, L.S_UNREAD)
+_S_LOCK_WAITS = cython.declare(cython.Py_ssize_t, L.S_LOCK_WAITS)
+_S_LOCK_WAIT_NS = cython.declare(cython.Py_ssize_t, L.S_LOCK_WAIT_NS)
+_S_LOCK_TIMEOUTS = cython.declare(cython.Py_ssize_t, L.S_LOCK_TIMEOUTS)
+_S_RECOVERIES = cython.declare(cython.Py_ssize_t, L.S_RECOVERIES)
+_S_DROPPED = cython.declare(cython.Py_ssize_t, L.S_DROPPED)
+_S_WHEEL_BITS = cython.declare(cython.Py_ssize_t, L.S_WHEEL_BITS)
+_S_WHEEL_HEADS = cython.declare(cython.Py_ssize_t, L.S_WHEEL_HEADS)
+_S_CLAIMS = cython.declare(cython.Py_ssize_t, L.S_CLAIMS)
+_CLAIMS = cython.declare(cython.Py_ssize_t, L.CLAIMS)
+_WHEEL_LEVELS = cython.declare(cython.Py_ssize_t, L.WHEEL_LEVELS)
+_WHEEL_TICK_BITS = cython.declare(cython.uint, L.WHEEL_TICK_BITS)
+_WHEEL_FIRST = cython.declare(cython.uint, L.WHEEL_FIRST)
+_F_HASH = cython.declare(cython.Py_ssize_t, L.F_HASH)
+_F_CHAIN = cython.declare(cython.Py_ssize_t, L.F_CHAIN)
+_F_LRU_PREV = cython.declare(cython.Py_ssize_t, L.F_LRU_PREV)
+_F_LRU_NEXT = cython.declare(cython.Py_ssize_t, L.F_LRU_NEXT)
+_F_WHEEL_PREV = cython.declare(cython.Py_ssize_t, L.F_WHEEL_PREV)
+_F_WHEEL_NEXT = cython.declare(cython.Py_ssize_t, L.F_WHEEL_NEXT)
+_F_BLOCK = cython.declare(cython.Py_ssize_t, L.F_BLOCK)
+_F_VALUE_LEN = cython.declare(cython.Py_ssize_t, L.F_VALUE_LEN)
+_F_META = cython.declare(cython.Py_ssize_t, L.F_META)
+_F_TTL = cython.declare(cython.Py_ssize_t, L.F_TTL)
+_F_STAMP = cython.declare(cython.Py_ssize_t, L.F_STAMP)
+_F_CHECKSUM = cython.declare(cython.Py_ssize_t, L.F_CHECKSUM)
+_META_KEY = cython.declare(cython.uint, L.META_KEY)
+_META_TAG_SHIFT = cython.declare(cython.uint, L.META_TAG_SHIFT)
+_META_FETCHED = cython.declare(cython.uint, L.META_FETCHED)
+_R_HITS = cython.declare(cython.Py_ssize_t, L.R_HITS)
+_R_MISSES = cython.declare(cython.Py_ssize_t, L.R_MISSES)
+_NEVER = cython.declare(cython.ulonglong, L.NEVER)
+_MASK32 = cython.declare(cython.ulonglong, L.MASK32)
+_MASK64 = cython.declare(cython.ulonglong, L.MASK64)
+_MAX_KEY = cython.declare(cython.Py_ssize_t, L.MAX_KEY)
+_STAMP_SHIFT = cython.declare(cython.uint, L.STAMP_SHIFT)
+_TTL_VALUE = cython.declare(cython.ulonglong, L.TTL_VALUE)
+_MAX_TTL_NS = cython.declare(cython.ulonglong, L.MAX_TTL_NS)
+_EXPIRED = cython.declare(cython.Py_ssize_t, L.Cause.EXPIRED)
+_CAPACITY = cython.declare(cython.Py_ssize_t, L.Cause.CAPACITY)
+_DELETED = cython.declare(cython.Py_ssize_t, L.Cause.DELETED)
+_REPLACED = cython.declare(cython.Py_ssize_t, L.Cause.REPLACED)
+_CLEARED = cython.declare(cython.Py_ssize_t, L.Cause.CLEARED)
+_STR = cython.declare(cython.uint, L.Kind.STR)
+_BYTES_KEY = cython.declare(cython.uint, L.Kind.BYTES)
+_TAG_CODEC = cython.declare(cython.uint, L.Tag.CODEC)
+_TAG_BYTES = cython.declare(cython.uint, L.Tag.BYTES)
+_TAG_STR = cython.declare(cython.uint, L.Tag.STR)
+_TAG_INT = cython.declare(cython.uint, L.Tag.INT)
+_TAG_FLOAT = cython.declare(cython.uint, L.Tag.FLOAT)
+
+# What _put may do with an entry that is there, or is not.
+_ANY = cython.declare(cython.int, 0)
+_ADD = cython.declare(cython.int, 1)
+_REPLACE = cython.declare(cython.int, 2)
+_CAS = cython.declare(cython.int, 3)
+
+# How _lookup leaves its mark on an entry found.
+_QUIET = cython.declare(cython.int, 0)
+_USE = cython.declare(cython.int, 1)
+
+# Hits of one process that wait to be applied to a shard's LRU ring.  64 is far
+# less than any shard holds that has more than one user, and 64 moves with the
+# records prefetched cost little more than 64 cached ones.
+TOUCHES = 64
+_TOUCHES = cython.declare(cython.Py_ssize_t, TOUCHES)
+# An insert pays for at most this many expired entries of others.
+_RIDE = cython.declare(cython.Py_ssize_t, 4)
+# Optimistic reads before a reader queues up with the writers.
+_ATTEMPTS = cython.declare(cython.int, 8)
+# Looks at a busy lock before sleeping: about 2 us, several write sections long.
+_SPINS = cython.declare(cython.int, 40)
+# A sleeping waiter wakes this often to see whether the holder still lives.
+_LOOK_NS = cython.declare(cython.ulonglong, 25_000_000)
+
+
+_DOUBLE = struct.Struct("<d")
+
+
+class _Missing:
+    """The value of what is not there, where None is a value."""
+
+    def __repr__(self) -> str:
+        return "<missing>"
+
+
+MISSING = _Missing()
+
+
+class Corrupt(IndexError):
+    """A number in the segment points where nothing can be.
+
+    An IndexError, as that is what the bounds check of a view raises.
+    """
+
+
+def ttl_to_ns(ttl: Any, what: str = "ttl") -> int:
+    """A time to live in seconds as whole nanoseconds, at least one."""
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
+        raise TypeError(
+            f"{what} must be a number of seconds or None, not {ttl!r};"
+            " for a timedelta pass its total_seconds()"
+        )
+    if not ttl > 0 or math.isinf(ttl):
+        raise ValueError(
+            f"{what} must be over 0 seconds and finite, not {ttl!r};"
+            " None means that entries never expire"
+        )
+    ns = max(1, round(ttl * 1_000_000_000))
+    if ns > L.MAX_TTL_NS:
+        raise ValueError(
+            f"{what} of {ttl!r} s is over {L.MAX_TTL_NS // 1_000_000_000} s (34 years);"
+            " None means that entries never expire"
+        )
+    return ns
+
+
+@cython.cfunc
+@cython.inline
+def _key_bytes(key: object) -> object:
+    # kind, bytes of the rarer kinds, and all refusals: _codec.encode_key
+    if type(key) is str:
+        try:
+            return key.encode()
+        except UnicodeEncodeError:
+            return encode_key(key)[1]  # raises, with the remedy
+    if type(key) is bytes:
+        return key
+    return encode_key(key)[1]
+
+
+@cython.cfunc
+@cython.inline
+def _key_kind(key: object) -> cython.uint:
+    if type(key) is str:
+        return _STR
+    if type(key) is bytes:
+        return _BYTES_KEY
+    return encode_key(key)[0]
+
+
+@cython.cfunc
+@cython.inline
+@cython.exceptval(check=False)
+def _pack_ttl(ns: cython.ulonglong) -> cython.uint:
+    # twin of _layout.pack_ttl
+    unit: cython.uint = 0
+    while ns > _TTL_VALUE:
+        ns = (ns + 999) // 1000
+        unit += 1
+    return cython.cast(cython.uint, unit << 30 | ns)
+
+
+@cython.cfunc
+@cython.inline
+@cython.exceptval(check=False)
+def _unpack_ttl(word: cython.uint) -> cython.ulonglong:
+    ns: cython.ulonglong = word & _TTL_VALUE
+    unit: cython.uint = word >> 30
+    while unit > 0:
+        ns = ns * 1000
+        unit -= 1
+    return ns
+
+
+@cython.cclass
+class Slab:
+    """One attached segment: its shards, their locks, and the operations on them.
+
+    ``shmcache.Cache`` is the class to use; it adds what need not be fast.
+    """
+
+    # --- words and bytes ------------------------------------------------------------
+
+    w64: cython.ulonglong[::1]
+    w32: cython.uint[::1]
+    mem: cython.uchar[::1]
+    guard: cython.ulonglong[::1]  # this process's token; the kernel zeroes it at fork
+    sems: cython.ulonglong[::1]
+    touch_slot: cython.uint[::1]
+    touch_version: cython.ulonglong[::1]
+    touch_count: cython.uint[::1]
+    capacity: cython.ulonglong[::1]
+
+    token: cython.ulonglong
+    row: cython.Py_ssize_t  # first 64-bit word of our worker row
+    shards: cython.ulonglong
+    shards8: cython.Py_ssize_t  # 64-bit word of shard 0
+    stride8: cython.Py_ssize_t
+    slots: cython.Py_ssize_t
+    blocks: cython.Py_ssize_t
+    block_shift: cython.uint
+    block_size: cython.Py_ssize_t
+    buckets4: cython.Py_ssize_t  # 32-bit words from the shard's start
+    records8: cython.Py_ssize_t
+    links4: cython.Py_ssize_t
+    arena: cython.Py_ssize_t  # bytes from the shard's start
+    sliding: cython.bint
+    fast_tags: cython.bint
+    default_ttl: cython.ulonglong
+    jitter: cython.ulonglong  # parts per million
+    stamp_zero: cython.ulonglong
+    lock_timeout: cython.ulonglong
+    random: cython.ulonglong
+    has_news: cython.bint
+    seeds: object
+    codec: object
+    encode: object
+    decode: object
+    clock: object
+    news: object
+    owners: object
+    pysems: object
+    raw_only: cython.bint
+
+    def _bind(
+        self,
+        words: Any,
+        geometry: Any,
+        capacity: Any,
+        seed: int,
+        codec: Any,
+        clock: Any,
+        settings: Any,
+    ) -> None:
+        """Point the engine at a mapped segment (a memoryview of its bytes)."""
+        self.mem = words
+        self.w64 = words.cast("Q")
+        self.w32 = words.cast("I")
+        self.shards = geometry.shards
+        self.shards8 = geometry.shards_at // 8
+        self.stride8 = geometry.stride // 8
+        self.slots = geometry.slots
+        self.blocks = geometry.blocks
+        self.block_size = geometry.block_size
+        self.block_shift = geometry.block_size.bit_length() - 1
+        self.buckets4 = geometry.buckets_at // 4
+        self.records8 = geometry.records_at // 8
+        self.links4 = geometry.links_at // 4
+        self.arena = geometry.arena_at
+        self.capacity = memoryview(array("Q", capacity))
+        self.seeds = [(seed + kind) & L.MASK64 for kind in range(8)]
+        self.codec = codec
+        self.encode = codec.encode
+        self.decode = codec.decode
+        self.fast_tags = codec.name in {"msgpack", "pickle"}
+        self.raw_only = codec.name == "raw"
+        self.clock = clock
+        self.sliding = settings.sliding
+        self.default_ttl = settings.ttl_ns
+        self.jitter = settings.jitter_ppm
+        self.stamp_zero = settings.epoch_ns
+        self.lock_timeout = settings.lock_timeout_ns
+        self.token = 0
+        self.guard = memoryview(array("Q", [1]))  # unequal to the token: not joined
+        self.row = 0
+        self.random = 1
+        self.has_news = False
+        self.news = []
+        self.owners = {}
+        self.pysems = []
+        self.sems = memoryview(array("Q", [0] * geometry.shards))
+        shards = geometry.shards
+        self.touch_slot = memoryview(array("I", bytes(4 * TOUCHES * shards)))
+        self.touch_version = memoryview(array("Q", bytes(8 * TOUCHES * shards)))
+        self.touch_count = memoryview(array("I", bytes(4 * shards)))
+
+    def _open_semaphores(self, names: Any) -> None:
+        """Open the shards' semaphores, which exist."""
+        if cython.compiled:
+            i: cython.Py_ssize_t = 0
+            for name in names:
+                encoded: bytes = name.encode()
+                self.sems[i] = sem_open(PyBytes_AS_STRING(encoded))
+                if self.sems[i] == 0:
+                    raise SegmentCorrupt(
+                        f"semaphore {name} is missing although its segment is in use;"
+                        " stop all users of the cache, then attach again"
+                    )
+                i += 1
+        else:
+            self.pysems = [PosixSemaphore(name) for name in names]
+
+    def _close_semaphores(self) -> None:
+        if cython.compiled:
+            i: cython.Py_ssize_t
+            for i in range(self.sems.shape[0]):
+                if self.sems[i]:
+                    sem_close(self.sems[i])
+                    self.sems[i] = 0
+        else:
+            for semaphore in self.pysems:
+                semaphore.close()
+            self.pysems = []
+
+    def _join(self, guard: Any, token: int, row: int, seed: int, owners: Any) -> None:
+        """Act from now on as the worker with this token and row.
+
+        The touches noted before, if any, are those of the process that forked us.
+        """
+        self.guard = guard
+        self.owners = owners
+        self.row = row
+        self.random = seed | 1
+        i: cython.Py_ssize_t
+        for i in range(self.touch_count.shape[0]):
+            self.touch_count[i] = 0
+        self.token = token
+
+    def _unbind(self) -> None:
+        """Let go of the views, so that the mapping can be closed."""
+        self.token = 0
+        self.guard = memoryview(array("Q", [1]))  # unequal to the token: closed
+        self.w64 = None
+        self.w32 = None
+        self.mem = None
+
+    def _enter_process(self) -> None:
+        """Become a worker: at the first use in a process, and after a fork."""
+        raise NotImplementedError
+
+    @cython.cfunc
+    @cython.inline
+    def _now(self) -> cython.ulonglong:
+        if self.clock is not None:
+            return self.clock()
+        if cython.compiled:
+            return now_ns()
+        return monotonic_ns()
+
+    @cython.cfunc
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _shard(self, h: cython.ulonglong) -> cython.Py_ssize_t:
+        return cython.cast(cython.Py_ssize_t, ((h >> 32) * self.shards) >> 32)
+
+    @cython.cfunc
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _base(self, s: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        return self.shards8 + s * self.stride8
+
+    @cython.cfunc
+    @cython.inline
+    def _record(
+        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t
+    ) -> cython.Py_ssize_t:
+        # First 64-bit word of a record; 0 is the sentinel.
+        if slot > self.slots:
+            raise Corrupt("slot")
+        return b + self.records8 + slot * 8
+
+    @cython.cfunc
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _bucket(self, b: cython.Py_ssize_t, h32: cython.ulonglong) -> cython.Py_ssize_t:
+        # 32-bit word of the bucket of a hash; multiply-shift instead of modulo
+        slots: cython.ulonglong = cython.cast(cython.ulonglong, self.slots)
+        index: cython.ulonglong = (h32 * slots) >> 32
+        return 2 * b + self.buckets4 + cython.cast(cython.Py_ssize_t, index)
+
+    @cython.cfunc
+    @cython.inline
+    def _block_at(
+        self, b: cython.Py_ssize_t, block: cython.Py_ssize_t
+    ) -> cython.Py_ssize_t:
+        # First byte of a block.
+        if block == 0 or block > self.blocks:
+            raise Corrupt("block")
+        return 8 * b + self.arena + (block << self.block_shift)
+
+    @cython.cfunc
+    @cython.inline
+    def _put_word(self, i: cython.Py_ssize_t, value: cython.ulonglong) -> cython.void:
+        # A 64-bit store that no other store overtakes, in either direction.
+        if cython.compiled:
+            store(cython.address(self.w64[i]), value)
+            write_fence()
+        else:
+            self.w64[i] = value
+
+    @cython.cfunc
+    @cython.inline
+    @cython.exceptval(check=False)
+    def _need(
+        self, key_len: cython.Py_ssize_t, value_len: cython.Py_ssize_t
+    ) -> cython.Py_ssize_t:
+        # Blocks of an entry: at least one.
+        n: cython.Py_ssize_t = key_len + value_len
+        if n == 0:
+            return 1
+        return (n + self.block_size - 1) >> self.block_shift
+
+    @cython.cfunc
+    def _copy_in(
+        self,
+        b: cython.Py_ssize_t,
+        block: cython.Py_ssize_t,
+        offset: cython.Py_ssize_t,
+        data: bytes,
+    ) -> cython.int:
+        # Write bytes into a chain, from an offset on.
+        n: cython.Py_ssize_t = len(data)
+        done: cython.Py_ssize_t = 0
+        piece: cython.Py_ssize_t
+        at: cython.Py_ssize_t
+        while offset >= self.block_size:
+            offset -= self.block_size
+            block = self.w32[2 * b + self.links4 + block]
+        while done < n:
+            at = self._block_at(b, block) + offset
+            piece = self.block_size - offset
+            if piece > n - done:
+                piece = n - done
+            if cython.compiled:
+                memcpy(
+                    cython.address(self.mem[at]), PyBytes_AS_STRING(data) + done, piece
+                )
+            else:
+                self.mem[at : at + piece] = data[done : done + piece]
+            done += piece
+            offset = 0
+            if done < n:
+                block = self.w32[2 * b + self.links4 + block]
+        return 0
+
+    @cython.cfunc
+    def _copy_out(
+        self,
+        b: cython.Py_ssize_t,
+        block: cython.Py_ssize_t,
+        offset: cython.Py_ssize_t,
+        n: cython.Py_ssize_t,
+    ) -> bytes:
+        # Bytes of a chain.  What a reader without the lock gets may be garbage, but
+        # every index is checked and n, checked by the caller, bounds the walk.
+        at: cython.Py_ssize_t
+        done: cython.Py_ssize_t = 0
+        piece: cython.Py_ssize_t
+        following: cython.Py_ssize_t
+        while offset >= self.block_size:
+            if block == 0 or block > self.blocks:
+                raise Corrupt("block")
+            offset -= self.block_size
+            block = self.w32[2 * b + self.links4 + block]
+        if cython.compiled:
+            out: bytes = PyBytes_FromStringAndSize(cython.NULL, n)
+            while done < n:
+                at = self._block_at(b, block) + offset
+                piece = self.block_size - offset
+                # Chains are laid in order as far as possible: copy runs at once.
+                while piece < n - done:
+                    following = self.w32[2 * b + self.links4 + block]
+                    if following != block + 1 or following > self.blocks:
+                        break
+                    block = following
+                    piece += self.block_size
+                if piece > n - done:
+                    piece = n - done
+                memcpy(
+                    PyBytes_AS_STRING(out) + done, cython.address(self.mem[at]), piece
+                )
+                done += piece
+                offset = 0
+                if done < n:
+                    block = self.w32[2 * b + self.links4 + block]
+            return out
+        pieces = []
+        while done < n:
+            at = self._block_at(b, block) + offset
+            piece = min(self.block_size - offset, n - done)
+            pieces.append(bytes(self.mem[at : at + piece]))
+            done += piece
+            offset = 0
+            if done < n:
+                block = self.w32[2 * b + self.links4 + block]
+        return b"".join(pieces)
+
+    @cython.cfunc
+    def _same_key(
+        self, b: cython.Py_ssize_t, block: cython.Py_ssize_t, key: bytes
+    ) -> cython.bint:
+        n: cython.Py_ssize_t = len(key)
+        if not cython.compiled:
+            return self._copy_out(b, block, 0, n) == key
+        done: cython.Py_ssize_t = 0
+        piece: cython.Py_ssize_t
+        at: cython.Py_ssize_t
+        while True:
+            at = self._block_at(b, block)
+            piece = n - done
+            if piece > self.block_size:
+                piece = self.block_size
+            if (
+                memcmp(
+                    cython.address(self.mem[at]), PyBytes_AS_STRING(key) + done, piece
+                )
+                != 0
+            ):
+                return False
+            done += piece
+            if done >= n:
+                return True
+            block = self.w32[2 * b + self.links4 + block]
+
+    @cython.cfunc
+    @cython.inline
+    def _checksum(
+        self, value: bytes, h: cython.ulonglong, tag: cython.uint
+    ) -> cython.uint:
+        if cython.compiled:
+            # twin of _layout.checksum
+            n: cython.Py_ssize_t = len(value)
+            total: cython.ulonglong = sum_words(
+                cython.cast("const unsigned char *", PyBytes_AS_STRING(value)), n
+            )
+            total ^= total >> 32
+            total ^= h ^ (cython.cast(cython.ulonglong, n) * 0x9E3779B1)
+            total ^= cython.cast(cython.ulonglong, tag) << 28
+            return cython.cast(cython.uint, total & _MASK32)
+        return L.checksum(value, h & _MASK32, tag)
+
+    # --- lists ----------------------------------------------------------------------
+
+    @cython.cfunc
+    def _chain_insert(
+        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t, h32: cython.ulonglong
+    ) -> cython.int:
+        # At the head: of two records of one key a reader meets the newer one first.
+        head: cython.Py_ssize_t = self._bucket(b, h32)
+        self.w32[2 * self._record(b, slot) + _F_CHAIN] = self.w32[head]
+        if cython.compiled:
+            write_fence()
+        self.w32[head] = slot
+        return 0
+
+    @cython.cfunc
+    def _chain_remove(
+        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t
+    ) -> cython.int:
+        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        at: cython.Py_ssize_t = self._bucket(b, self.w32[r + _F_HASH])
+        steps: cython.Py_ssize_t = 0
+        node: cython.Py_ssize_t = self.w32[at]
+        while node != slot:
+            steps += 1
+            if node == 0 or steps > self.slots:
+                raise Corrupt("chain")
+            at = 2 * self._record(b, node) + _F_CHAIN
+            node = self.w32[at]
+        self.w32[at] = self.w32[r + _F_CHAIN]
+        return 0
+
+    @cython.cfunc
+    def _lru_remove(self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.int:
+        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        before: cython.Py_ssize_t = self.w32[r + _F_LRU_PREV]
+        after: cython.Py_ssize_t = self.w32[r + _F_LRU_NEXT]
+        self.w32[2 * self._record(b, before) + _F_LRU_NEXT] = after
+        self.w32[2 * self._record(b, after) + _F_LRU_PREV] = before
+        return 0
+
+    @cython.cfunc
+    def _lru_front(self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.int:
+        sentinel: cython.Py_ssize_t = 2 * self._record(b, 0)
+        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        first: cython.Py_ssize_t = self.w32[sentinel + _F_LRU_NEXT]
+        self.w32[r + _F_LRU_PREV] = 0
+        self.w32[r + _F_LRU_NEXT] = first
+        self.w32[2 * self._record(b, first) + _F_LRU_PREV] = slot
+        self.w32[sentinel + _F_LRU_NEXT] = slot
+        return 0
+
+    @cython.cfunc
+    def _lru_back(self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.int:
+        sentinel: cython.Py_ssize_t = 2 * self._record(b, 0)
+        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        last: cython.Py_ssize_t = self.w32[sentinel + _F_LRU_PREV]
+        self.w32[r + _F_LRU_PREV] = last
+        self.w32[r + _F_LRU_NEXT] = 0
+        self.w32[2 * self._record(b, last) + _F_LRU_NEXT] = slot
+        self.w32[sentinel + _F_LRU_PREV] = slot
+        return 0
+
+    @cython.cfunc
+    def _take_slot(self, b: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        # The slot freed last, which is still in the CPU's cache; then a fresh one.
+        slot: cython.Py_ssize_t = cython.cast(
+            cython.Py_ssize_t, self.w64[b + _S_FREE_SLOT]
+        )
+        if slot:
+            self.w64[b + _S_FREE_SLOT] = self.w32[
+                2 * self._record(b, slot) + _F_CHAIN
+            ]
+            return slot
+        slot = cython.cast(cython.Py_ssize_t, self.w64[b + _S_FRESH_SLOT]) + 1
+        if slot > self.slots:
+            raise Corrupt("slots")
+        self.w64[b + _S_FRESH_SLOT] = slot
+        return slot
+
+    @cython.cfunc
+    def _take_blocks(
+        self, b: cython.Py_ssize_t, n: cython.Py_ssize_t
+    ) -> cython.Py_ssize_t:
+        # A chain of n blocks, the last link 0; the caller has made sure of n.
+        links: cython.Py_ssize_t = 2 * b + self.links4
+        first: cython.Py_ssize_t = cython.cast(
+            cython.Py_ssize_t, self.w64[b + _S_FREE_BLOCK]
+        )
+        last: cython.Py_ssize_t = 0
+        got: cython.Py_ssize_t = 0
+        block: cython.Py_ssize_t = first
+        while got < n and block:
+            if block > self.blocks:
+                raise Corrupt("block")
+            last = block
+            block = self.w32[links + block]
+            got += 1
+        self.w64[b + _S_FREE_BLOCK] = block
+        if got < n:
+            block = cython.cast(cython.Py_ssize_t, self.w64[b + _S_FRESH_BLOCK])
+            if block + n - got > self.blocks:
+                raise Corrupt("blocks")
+            self.w64[b + _S_FRESH_BLOCK] = block + n - got
+            while got < n:
+                block += 1
+                got += 1
+                if last:
+                    self.w32[links + last] = block
+                else:
+                    first = block
+                last = block
+        self.w32[links + last] = 0
+        self.w64[b + _S_BLOCKS_USED] += n
+        return first
+
+    @cython.cfunc
+    def _give_blocks(
+        self, b: cython.Py_ssize_t, first: cython.Py_ssize_t, n: cython.Py_ssize_t
+    ) -> cython.int:
+        links: cython.Py_ssize_t = 2 * b + self.links4
+        last: cython.Py_ssize_t = first
+        i: cython.Py_ssize_t
+        for i in range(n - 1):
+            if last == 0 or last > self.blocks:
+                raise Corrupt("block")
+            last = self.w32[links + last]
+        if last == 0 or last > self.blocks or first == 0 or first > self.blocks:
+            raise Corrupt("block")
+        self.w32[links + last] = cython.cast(cython.uint, self.w64[b + _S_FREE_BLOCK])
+        if self.w64[b + _S_BLOCKS_USED] < cython.cast(cython.ulonglong, n):
+            raise Corrupt("blocks")
+        self.w64[b + _S_FREE_BLOCK] = first
+        self.w64[b + _S_BLOCKS_USED] -= n
+        return 0
+
+    @cython.cfunc
+    @cython.inline
+    def _blocks_left(self, b: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        return self.blocks - cython.cast(
+            cython.Py_ssize_t, self.w64[b + _S_BLOCKS_USED]
+        )
+
+    # --- timer wheel ----------------------------------------------------------------
+    #
+    # Problem: find what has expired without looking at what has not.
+    # Mechanism: a hierarchical wheel (Varghese and Lauck 1987; the levels chosen by
+    # the highest differing bit, as Kafka and tokio do).  Time is counted in ticks
+    # of 2**20 ns.  An entry due at tick t lies at level l, where l is the highest
+    # 6-bit digit in which t differs from the wheel's own tick, in the list of t's
+    # digit there.  So all of level l is due before all of level l + 1, a word of
+    # bits finds the first list, and an entry moves at most six times in its life.
+    # The list of the current tick may hold entries due a moment later; they stay.
+    # A reader of a sliding cache moves ``expires`` forward without the lock and
+    # leaves the entry where it is: met too early, it is entered anew.
+    # Death in the middle: repair enters every live record anew.
+
+    @cython.cfunc
+    def _wheel_insert(
+        self,
+        b: cython.Py_ssize_t,
+        slot: cython.Py_ssize_t,
+        expires: cython.ulonglong,
+        now: cython.ulonglong,
+    ) -> cython.int:
+        due: cython.ulonglong = self.w64[b + _S_DUE]
+        if due == 0 or due == _NEVER:
+            # Nothing else is in the wheel: it may stand at the present.
+            self.w64[b + _S_TICK] = now >> _WHEEL_TICK_BITS
+            due = _NEVER
+        tick: cython.ulonglong = self.w64[b + _S_TICK]
+        t: cython.ulonglong = expires >> _WHEEL_TICK_BITS
+        if t < tick:
+            t = tick
+        differ: cython.ulonglong = t ^ tick
+        level: cython.Py_ssize_t = 0
+        while differ >= 64 and level < _WHEEL_LEVELS - 1:
+            differ >>= 6
+            level += 1
+        index: cython.Py_ssize_t = cython.cast(
+            cython.Py_ssize_t, (t >> cython.cast(cython.uint, 6 * level)) & 63
+        )
+        number: cython.Py_ssize_t = level * 64 + index
+        head: cython.Py_ssize_t = 2 * (b + _S_WHEEL_HEADS) + number
+        first: cython.Py_ssize_t = self.w32[head]
+        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        self.w32[r + _F_WHEEL_PREV] = _WHEEL_FIRST | number
+        self.w32[r + _F_WHEEL_NEXT] = first
+        if first:
+            self.w32[2 * self._record(b, first) + _F_WHEEL_PREV] = slot
+        self.w32[head] = slot
+        self.w64[b + _S_WHEEL_BITS + level] |= cython.cast(
+            cython.ulonglong, 1
+        ) << cython.cast(cython.uint, index)
+        if expires < due:
+            self.w64[b + _S_DUE] = expires
+        return 0
+
+    @cython.cfunc
+    def _wheel_remove(
+        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t
+    ) -> cython.int:
+        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        before: cython.uint = self.w32[r + _F_WHEEL_PREV]
+        if before == 0:
+            return 0  # never expires
+        after: cython.Py_ssize_t = self.w32[r + _F_WHEEL_NEXT]
+        number: cython.Py_ssize_t
+        if before & _WHEEL_FIRST:
+            number = before & ~_WHEEL_FIRST
+            if number >= 64 * _WHEEL_LEVELS:
+                raise Corrupt("wheel")
+            self.w32[2 * (b + _S_WHEEL_HEADS) + number] = after
+            if after == 0:
+                self.w64[b + _S_WHEEL_BITS + (number >> 6)] &= ~(
+                    cython.cast(cython.ulonglong, 1)
+                    << cython.cast(cython.uint, number & 63)
+                )
+        else:
+            self.w32[2 * self._record(b, before) + _F_WHEEL_NEXT] = after
+        if after:
+            self.w32[2 * self._record(b, after) + _F_WHEEL_PREV] = before
+        self.w32[r + _F_WHEEL_PREV] = 0
+        self.w32[r + _F_WHEEL_NEXT] = 0
+        return 0
+
+    @cython.cfunc
+    def _wheel_next(self, b: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        # Number of the list that is due first, or -2 when the wheel is empty.  A list
+        # of a higher level whose time has begun (its spreading was interrupted) comes
+        # before all others.
+        tick: cython.ulonglong = self.w64[b + _S_TICK]
+        level: cython.Py_ssize_t = _WHEEL_LEVELS - 1
+        bits: cython.ulonglong
+        digit: cython.uint
+        while level > 0:
+            digit = cython.cast(
+                cython.uint, (tick >> cython.cast(cython.uint, 6 * level)) & 63
+            )
+            if (self.w64[b + _S_WHEEL_BITS + level] >> digit) & 1:
+                return level * 64 + digit
+            level -= 1
+        for level in range(_WHEEL_LEVELS):
+            bits = self.w64[b + _S_WHEEL_BITS + level]
+            if bits:
+                if cython.compiled:
+                    return level * 64 + lowest_bit(bits)
+                return level * 64 + (bits & -bits).bit_length() - 1
+        return -2
+
+    @cython.cfunc
+    def _reclaim(
+        self,
+        b: cython.Py_ssize_t,
+        now: cython.ulonglong,
+        limit: cython.Py_ssize_t,
+    ) -> cython.Py_ssize_t:
+        # Retire what has expired; at most limit entries are looked at.
+        removed: cython.Py_ssize_t = 0
+        target: cython.ulonglong = now >> _WHEEL_TICK_BITS
+        tick: cython.ulonglong
+        start: cython.ulonglong
+        later: cython.ulonglong
+        expires: cython.ulonglong
+        number: cython.Py_ssize_t
+        slot: cython.Py_ssize_t
+        after: cython.Py_ssize_t
+        shift: cython.uint
+        while limit > 0:
+            tick = self.w64[b + _S_TICK]
+            number = self._wheel_next(b)
+            if number == -2:
+                self.w64[b + _S_DUE] = _NEVER
+                return removed
+            shift = cython.cast(cython.uint, 6 * (number >> 6))
+            start = ((tick >> (shift + 6)) << (shift + 6)) | (
+                cython.cast(cython.ulonglong, number & 63) << shift
+            )
+            if start > target:
+                self.w64[b + _S_DUE] = start << _WHEEL_TICK_BITS
+                if target > tick:
+                    self.w64[b + _S_TICK] = target
+                return removed
+            if start > tick:
+                self.w64[b + _S_TICK] = start
+            later = _NEVER
+            slot = self.w32[2 * (b + _S_WHEEL_HEADS) + number]
+            if slot == 0:
+                raise Corrupt("wheel")
+            while slot and limit > 0:
+                limit -= 1
+                after = self.w32[2 * self._record(b, slot) + _F_WHEEL_NEXT]
+                expires = self.w64[self._record(b, slot) + 1]
+                if expires <= now:
+                    self._retire(b, slot, _EXPIRED)
+                    removed += 1
+                elif shift or expires >> _WHEEL_TICK_BITS > self.w64[b + _S_TICK]:
+                    self._wheel_remove(b, slot)
+                    self._wheel_insert(b, slot, expires, now)
+                elif expires < later:
+                    later = expires
+                slot = after
+            if slot == 0 and later != _NEVER:
+                # Only the current tick keeps entries, and all that is left is later.
+                self.w64[b + _S_DUE] = later
+                return removed
+        return removed
+
+    # --- entries --------------------------------------------------------------------
+
+    @cython.cfunc
+    def _find(
+        self,
+        b: cython.Py_ssize_t,
+        h32: cython.ulonglong,
+        kind: cython.uint,
+        key: bytes,
+    ) -> cython.Py_ssize_t:
+        # The slot of a key, or 0.  The caller holds the lock.
+        slot: cython.Py_ssize_t = self.w32[self._bucket(b, h32)]
+        want: cython.uint = cython.cast(cython.uint, len(key)) | kind << 16
+        r: cython.Py_ssize_t
+        steps: cython.Py_ssize_t = 0
+        while slot:
+            r = 2 * self._record(b, slot)
+            if (
+                self.w32[r + _F_HASH] == h32
+                and self.w32[r + _F_META] & _META_KEY == want
+                and self._same_key(b, self.w32[r + _F_BLOCK], key)
+            ):
+                return slot
+            slot = self.w32[r + _F_CHAIN]
+            steps += 1
+            if steps > self.slots:
+                raise Corrupt("chain")
+        return 0
+
+    @cython.cfunc
+    def _retire(
+        self,
+        b: cython.Py_ssize_t,
+        slot: cython.Py_ssize_t,
+        cause: cython.Py_ssize_t,
+    ) -> cython.int:
+        # Take an entry out: its version first, then all that refers to it.
+        v: cython.Py_ssize_t = self._record(b, slot)
+        r: cython.Py_ssize_t = 2 * v
+        if not self.w64[v] & 1:
+            raise Corrupt("version")
+        self._put_word(v, self.w64[v] - 1)
+        self._chain_remove(b, slot)
+        self._lru_remove(b, slot)
+        self._wheel_remove(b, slot)
+        meta: cython.uint = self.w32[r + _F_META]
+        need: cython.Py_ssize_t = self._need(
+            meta & _MAX_KEY, self.w32[r + _F_VALUE_LEN]
+        )
+        if need > self.blocks or self.w64[b + _S_ENTRIES] == 0:
+            raise Corrupt("length")
+        self._give_blocks(b, self.w32[r + _F_BLOCK], need)
+        self.w32[r + _F_CHAIN] = cython.cast(cython.uint, self.w64[b + _S_FREE_SLOT])
+        self.w64[b + _S_FREE_SLOT] = slot
+        self.w64[b + _S_ENTRIES] -= 1
+        self.w64[b + _S_GONE + cause] += 1
+        if cause <= _CAPACITY and not meta & _META_FETCHED:
+            self.w64[b + _S_UNREAD] += 1
+        return 0
+
+    @cython.cfunc
+    def _evict(
+        self,
+        b: cython.Py_ssize_t,
+        now: cython.ulonglong,
+        keep: cython.Py_ssize_t,
+    ) -> cython.bint:
+        # Make room by one entry at least: expired ones first, then the least recently
+        # used that is not ``keep``.  False when there is none.
+        rounds: cython.int = 0
+        while now >= self.w64[b + _S_DUE] and self.w64[b + _S_DUE] and rounds < 16:
+            if self._reclaim(b, now, 64):
+                return True
+            rounds += 1
+        slot: cython.Py_ssize_t = self.w32[2 * self._record(b, 0) + _F_LRU_PREV]
+        if slot == keep and slot:
+            slot = self.w32[2 * self._record(b, slot) + _F_LRU_PREV]
+        if slot == 0:
+            return False
+        self._retire(b, slot, _CAPACITY)
+        return True
+
+    @cython.cfunc
+    def _store(
+        self,
+        s: cython.Py_ssize_t,
+        b: cython.Py_ssize_t,
+        old: cython.Py_ssize_t,
+        h: cython.ulonglong,
+        kind: cython.uint,
+        key: bytes,
+        tag: cython.uint,
+        value: bytes,
+        expires: cython.ulonglong,
+        ttl: cython.uint,
+        now: cython.ulonglong,
+    ) -> cython.ulonglong:
+        # A new record for the key, in place of ``old`` if that is not 0; its version.
+        key_len: cython.Py_ssize_t = len(key)
+        value_len: cython.Py_ssize_t = len(value)
+        need: cython.Py_ssize_t = self._need(key_len, value_len)
+        if old == 0:
+            while self.w64[b + _S_ENTRIES] >= self.capacity[s]:
+                if not self._evict(b, now, 0):
+                    raise Corrupt("entries")
+        while self._blocks_left(b) < need:
+            if not self._evict(b, now, old):
+                if old == 0:
+                    raise Corrupt("blocks")
+                # Old and new do not fit together: for an instant there is neither.
+                self._retire(b, old, _REPLACED)
+                old = 0
+        slot: cython.Py_ssize_t = self._take_slot(b)
+        first: cython.Py_ssize_t = self._take_blocks(b, need)
+        self._copy_in(b, first, 0, key)
+        self._copy_in(b, first, key_len, value)
+        v: cython.Py_ssize_t = self._record(b, slot)
+        r: cython.Py_ssize_t = 2 * v
+        h32: cython.ulonglong = h & _MASK32
+        self.w64[v + 1] = expires
+        self.w32[r + _F_HASH] = cython.cast(cython.uint, h32)
+        self.w32[r + _F_BLOCK] = first
+        self.w32[r + _F_VALUE_LEN] = value_len
+        self.w32[r + _F_META] = (
+            cython.cast(cython.uint, key_len) | kind << 16 | tag << _META_TAG_SHIFT
+        )
+        self.w32[r + _F_TTL] = ttl
+        self.w32[r + _F_STAMP] = cython.cast(
+            cython.uint, ((now - self.stamp_zero) >> _STAMP_SHIFT) & _MASK32
+        )
+        self.w32[r + _F_CHECKSUM] = self._checksum(value, h32, tag)
+        self.w32[r + _F_WHEEL_PREV] = 0
+        self.w32[r + _F_WHEEL_NEXT] = 0
+        sequence: cython.ulonglong = self.w64[b + _S_SEQUENCE] + 1
+        self.w64[b + _S_SEQUENCE] = sequence
+        version: cython.ulonglong = sequence << 1 | 1
+        self._put_word(v, version)
+        self._chain_insert(b, slot, h32)
+        self._lru_front(b, slot)
+        if expires != _NEVER:
+            self._wheel_insert(b, slot, expires, now)
+        self.w64[b + _S_ENTRIES] += 1
+        if old:
+            self._retire(b, old, _REPLACED)
+        self.w64[b + _S_SETS] += 1
+        return version
+
+    # --- repair ---------------------------------------------------------------------
+    #
+    # Problem: whoever held the lock died, or was thrown out by an exception, or met an
+    # index that makes no sense; the lists may be in any state.
+    # Mechanism: the live records are the truth.  Each is examined (lengths, blocks that
+    # nobody else has, hash of the key, checksum of the value) and given up if it is
+    # damaged; then all lists and counts are written anew from the others.  The order of
+    # the LRU ring is kept as far as its links hold, from both ends; what neither walk
+    # reached goes to the end that is evicted first.
+    # Death in the middle: nothing but a damaged record's version is changed before the
+    # lists are, and these are derived again by the next repair.  The ring is laid from
+    # the most recently used on, so that a second repair still finds that end.
+
+    @cython.cfunc
+    def _sound(
+        self,
+        b: cython.Py_ssize_t,
+        slot: cython.Py_ssize_t,
+        claimed: cython.uchar[::1],
+    ) -> cython.bint:
+        # Whether a live record can be kept; claims its blocks if so.
+        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        meta: cython.uint = self.w32[r + _F_META]
+        key_len: cython.Py_ssize_t = meta & _MAX_KEY
+        kind: cython.uint = (meta >> 16) & 15
+        tag: cython.uint = (meta >> _META_TAG_SHIFT) & 15
+        value_len: cython.Py_ssize_t = self.w32[r + _F_VALUE_LEN]
+        if kind < 1 or kind > 4 or tag > 7:
+            return False
+        need: cython.Py_ssize_t = self._need(key_len, value_len)
+        if need > self.blocks:
+            return False
+        links: cython.Py_ssize_t = 2 * b + self.links4
+        first: cython.Py_ssize_t = self.w32[r + _F_BLOCK]
+        block: cython.Py_ssize_t = first
+        got: cython.Py_ssize_t = 0
+        good: cython.bint = True
+        while got < need:
+            if block == 0 or block > self.blocks or claimed[block]:
+                good = False
+                break
+            claimed[block] = 1
+            block = self.w32[links + block]
+            got += 1
+        if good and block != 0:
+            good = False
+        if good:
+            key: bytes = self._copy_out(b, first, 0, key_len)
+            h: cython.ulonglong = xxh3_64_intdigest(key, self.seeds[kind])
+            value: bytes = self._copy_out(b, first, key_len, value_len)
+            good = (
+                self._base(self._shard(h)) == b
+                and self.w32[r + _F_HASH] == h & _MASK32
+                and self.w32[r + _F_CHECKSUM]
+                == self._checksum(value, h & _MASK32, tag)
+            )
+        if not good:
+            block = first
+            while got > 0:
+                got -= 1
+                claimed[block] = 0
+                block = self.w32[links + block]
+        return good
+
+    @cython.cfunc
+    def _rebuild(self, b: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        # Repair a shard whose lock we hold; how many entries were given up.  A clock
+        # of the user's is Python code, so the wheel's own time stands in for it.
+        now: cython.ulonglong = self.w64[b + _S_TICK] << _WHEEL_TICK_BITS & _MASK64
+        if self.clock is None:
+            now = self._now()
+        slots: cython.Py_ssize_t = self.slots
+        claimed: cython.uchar[::1] = bytearray(self.blocks + 1)
+        state: cython.uchar[::1] = bytearray(slots + 1)  # 1 live and sound, 2 in order
+        order: cython.uint[::1] = memoryview(array("I", bytes(4 * (slots + 1))))
+        dropped: cython.Py_ssize_t = 0
+        fresh: cython.Py_ssize_t = 0
+        count: cython.Py_ssize_t = 0
+        sequence: cython.ulonglong = 0
+        slot: cython.Py_ssize_t
+        other: cython.Py_ssize_t
+        v: cython.Py_ssize_t
+        i: cython.Py_ssize_t
+        for slot in range(1, slots + 1):
+            v = self._record(b, slot)
+            if self.w64[v] == 0:
+                continue
+            fresh = slot
+            if self.w64[v] & 1:
+                if self._sound(b, slot, claimed):
+                    state[slot] = 1
+                    if self.w64[v] >> 1 > sequence:
+                        sequence = self.w64[v] >> 1
+                else:
+                    self._put_word(v, self.w64[v] - 1)
+                    dropped += 1
+        if self.w64[b + _S_SEQUENCE] < sequence:
+            self.w64[b + _S_SEQUENCE] = sequence
+
+        # The order of use: down from the most recent, then up from the least.
+        slot = self.w32[2 * self._record(b, 0) + _F_LRU_NEXT]
+        while 0 < slot <= slots and state[slot] == 1:
+            state[slot] = 2
+            order[count] = slot
+            count += 1
+            slot = self.w32[2 * self._record(b, slot) + _F_LRU_NEXT]
+        tail: cython.Py_ssize_t = slots + 1
+        slot = self.w32[2 * self._record(b, 0) + _F_LRU_PREV]
+        while 0 < slot <= slots and state[slot] == 1 and tail > count + 1:
+            state[slot] = 2
+            tail -= 1
+            order[tail] = slot
+            slot = self.w32[2 * self._record(b, slot) + _F_LRU_PREV]
+        for i in range(tail, slots + 1):
+            order[count] = order[i]
+            count += 1
+        for slot in range(1, slots + 1):
+            if state[slot] == 1:
+                order[count] = slot
+                count += 1
+
+        for i in range(slots):
+            self.w32[2 * b + self.buckets4 + i] = 0
+        for i in range(_WHEEL_LEVELS):
+            self.w64[b + _S_WHEEL_BITS + i] = 0
+        for i in range(64 * _WHEEL_LEVELS):
+            self.w32[2 * (b + _S_WHEEL_HEADS) + i] = 0
+        self.w64[b + _S_DUE] = _NEVER
+        self.w32[2 * self._record(b, 0) + _F_LRU_NEXT] = 0
+        self.w32[2 * self._record(b, 0) + _F_LRU_PREV] = 0
+        used: cython.Py_ssize_t = 0
+        entries: cython.Py_ssize_t = 0
+        for i in range(count):
+            slot = order[i]
+            other = self._twin(b, slot)
+            if other:
+                # Its overwrite was under way: the newer record counts.
+                if self.w64[self._record(b, other)] > self.w64[self._record(b, slot)]:
+                    self._unclaim(b, slot, claimed)
+                    continue
+                # The older one is in the lists already; it leaves, this one enters.
+                used -= self._unclaim(b, other, claimed)
+                entries -= 1
+                self._chain_remove(b, other)
+                self._lru_remove(b, other)
+                self._wheel_remove(b, other)
+            v = self._record(b, slot)
+            self.w32[2 * v + _F_WHEEL_PREV] = 0
+            self.w32[2 * v + _F_WHEEL_NEXT] = 0
+            self._chain_insert(b, slot, self.w32[2 * v + _F_HASH])
+            self._lru_back(b, slot)
+            if self.w64[v + 1] != _NEVER:
+                self._wheel_insert(b, slot, self.w64[v + 1], now)
+            used += self._need(
+                self.w32[2 * v + _F_META] & _MAX_KEY, self.w32[2 * v + _F_VALUE_LEN]
+            )
+            entries += 1
+
+        self.w64[b + _S_ENTRIES] = entries
+        self.w64[b + _S_BLOCKS_USED] = used
+        self.w64[b + _S_FRESH_SLOT] = fresh
+        self.w64[b + _S_FREE_SLOT] = 0
+        for slot in range(fresh, 0, -1):
+            v = self._record(b, slot)
+            if not self.w64[v] & 1:
+                self.w32[2 * v + _F_CHAIN] = cython.cast(
+                    cython.uint, self.w64[b + _S_FREE_SLOT]
+                )
+                self.w64[b + _S_FREE_SLOT] = slot
+        fresh = self.blocks
+        while fresh > 0 and not claimed[fresh]:
+            fresh -= 1
+        self.w64[b + _S_FRESH_BLOCK] = fresh
+        self.w64[b + _S_FREE_BLOCK] = 0
+        for i in range(fresh, 0, -1):
+            if not claimed[i]:
+                self.w32[2 * b + self.links4 + i] = cython.cast(
+                    cython.uint, self.w64[b + _S_FREE_BLOCK]
+                )
+                self.w64[b + _S_FREE_BLOCK] = i
+        self.w64[b + _S_DROPPED] += dropped
+        return dropped
+
+    @cython.cfunc
+    def _twin(
+        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t
+    ) -> cython.Py_ssize_t:
+        # Another record of the same key that is in its bucket already, or 0.
+        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        meta: cython.uint = self.w32[r + _F_META]
+        key: bytes = self._copy_out(b, self.w32[r + _F_BLOCK], 0, meta & _MAX_KEY)
+        return self._find(b, self.w32[r + _F_HASH], (meta >> 16) & 15, key)
+
+    @cython.cfunc
+    def _unclaim(
+        self,
+        b: cython.Py_ssize_t,
+        slot: cython.Py_ssize_t,
+        claimed: cython.uchar[::1],
+    ) -> cython.Py_ssize_t:
+        # Give up a sound record during repair; the number of its blocks.
+        v: cython.Py_ssize_t = self._record(b, slot)
+        self._put_word(v, self.w64[v] - 1)
+        need: cython.Py_ssize_t = self._need(
+            self.w32[2 * v + _F_META] & _MAX_KEY, self.w32[2 * v + _F_VALUE_LEN]
+        )
+        block: cython.Py_ssize_t = self.w32[2 * v + _F_BLOCK]
+        i: cython.Py_ssize_t
+        for i in range(need):
+            claimed[block] = 0
+            block = self.w32[2 * b + self.links4 + block]
+        return need
+
+    # --- lock -----------------------------------------------------------------------
+    #
+    # Problem: a POSIX semaphore has no owner; when the process that took it is killed,
+    # it stays taken for ever, and nobody can tell whether the data is whole.
+    # Mechanism: the semaphore is only the queue.  Who has its permit becomes the holder
+    # by changing HOLDER from 0 to its token, and only the holder may write.  EPOCH is
+    # odd while it does.  A waiter that sleeps too long looks at the holder: if the
+    # kernel has dropped the holder's lease, the waiter puts its own token in the dead
+    # one's place - the permit passes on - and repairs the shard if EPOCH is odd.
+    # Death in the gap between permit and HOLDER, on the way in or out, loses the permit:
+    # HOLDER is 0 and TURNS stands still.  A waiter that sees this twice posts a new
+    # permit.  Should the old one turn up after all (its taker was only stopped), two
+    # processes come with permits; the one that finds HOLDER taken drops its own and
+    # queues up again.  So exclusion rests on HOLDER alone, and a spare permit is
+    # harmless.
+    # The interpreted engine has no compare-and-swap; it looks and then stores, which
+    # only a spare permit can make unsafe.
+
+    @cython.cfunc
+    @cython.inline
+    def _try_acquire(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.bint:
+        if cython.compiled:
+            if not sem_try(self.sems[s]):
+                return False
+            if not cas(cython.address(self.w64[b + _S_HOLDER]), 0, self.token):
+                return False  # a spare permit, dropped
+            self.w64[b + _S_TURNS] += 1
+            return True
+        try:
+            self.pysems[s].acquire(0)
+        except BusyError:
+            return False
+        return self._interpreted_hold(s, b)
+
+    def _interpreted_hold(self, s: int, b: int) -> bool:
+        # With the permit in hand; False when it turns out to be a spare one.
+        if self.w64[b + _S_HOLDER]:
+            return False
+        self.owners[s] = get_ident()
+        self.w64[b + _S_HOLDER] = self.token
+        self.w64[b + _S_TURNS] += 1
+        return True
+
+    @cython.cfunc
+    @cython.inline
+    def _acquire(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.int:
+        if not self._try_acquire(s, b):
+            self._wait(s, b)
+        if self.w64[b + _S_EPOCH] & 1:
+            self._mend(s, b, 0)
+        return 0
+
+    @cython.cfunc
+    def _wait(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.int:
+        # The slow way in: spin a little, then sleep; from time to time look who holds.
+        started: cython.ulonglong = monotonic_ns()
+        now: cython.ulonglong = started
+        holder: cython.ulonglong
+        last_holder: cython.ulonglong = 1
+        turns: cython.ulonglong = 0
+        last_turns: cython.ulonglong = 0
+        got: cython.int = 0
+        spins: cython.int
+        if cython.compiled:
+            for spins in range(_SPINS):
+                pause()
+                if load(cython.address(self.w64[b + _S_HOLDER])) == 0:
+                    if self._try_acquire(s, b):
+                        return self._waited(b, started)
+        elif self.w64[b + _S_HOLDER] == self.token:
+            self._check_reentry(s)
+        while True:
+            if cython.compiled:
+                sem: cython.ulonglong = self.sems[s]
+                with cython.nogil:
+                    got = sem_wait(sem, _LOOK_NS)
+                if got < 0:
+                    PyErr_CheckSignals()
+            else:
+                try:
+                    self.pysems[s].acquire(_LOOK_NS / 1e9)
+                    got = 1
+                except BusyError:
+                    got = 0
+                except SignalError:
+                    got = -1
+            if self.guard[0] != self.token:
+                # Closed by another thread meanwhile.
+                if got > 0:
+                    self._post(s)
+                self._enter_process()
+            if got > 0:
+                if cython.compiled:
+                    if cas(cython.address(self.w64[b + _S_HOLDER]), 0, self.token):
+                        self.w64[b + _S_TURNS] += 1
+                        return self._waited(b, started)
+                elif self._interpreted_hold(s, b):
+                    return self._waited(b, started)
+            holder = self.w64[b + _S_HOLDER]
+            turns = self.w64[b + _S_TURNS]
+            if got == 0:
+                if holder and self._holder_is_dead(s, holder):
+                    if self._take_over(s, b, holder):
+                        self._mend(s, b, holder)
+                        return self._waited(b, started)
+                elif holder == 0 and last_holder == 0 and turns == last_turns:
+                    self._restore_permit(s)
+                last_holder = holder
+                last_turns = turns
+            now = monotonic_ns()
+            if now - started > self.lock_timeout:
+                # One more counter that is exact only if nobody else times out just now.
+                self.w64[b + _S_LOCK_TIMEOUTS] += 1
+                raise LockTimeout(self._describe_wait(s, holder, now - started))
+
+    @cython.cfunc
+    def _waited(
+        self, b: cython.Py_ssize_t, started: cython.ulonglong
+    ) -> cython.int:
+        self.w64[b + _S_LOCK_WAITS] += 1
+        self.w64[b + _S_LOCK_WAIT_NS] += monotonic_ns() - started
+        return 0
+
+    @cython.cfunc
+    @cython.inline
+    def _post(self, s: cython.Py_ssize_t) -> cython.void:
+        if cython.compiled:
+            sem_post(self.sems[s])
+        else:
+            self.pysems[s].release()
+
+    @cython.cfunc
+    @cython.inline
+    def _release(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.void:
+        self._put_word(b + _S_HOLDER, 0)
+        self._post(s)
+        if self.has_news:
+            self._tell()
+
+    @cython.cfunc
+    def _take_over(
+        self, s: cython.Py_ssize_t, b: cython.Py_ssize_t, dead: cython.ulonglong
+    ) -> cython.bint:
+        if cython.compiled:
+            if not cas(cython.address(self.w64[b + _S_HOLDER]), dead, self.token):
+                return False
+            self.w64[b + _S_TURNS] += 1
+            return True
+        with self._recovery_lock(s):
+            if self.w64[b + _S_HOLDER] != dead:
+                return False
+            self.owners[s] = get_ident()
+            self.w64[b + _S_HOLDER] = self.token
+            self.w64[b + _S_TURNS] += 1
+            return True
+
+    @cython.cfunc
+    def _mend(
+        self, s: cython.Py_ssize_t, b: cython.Py_ssize_t, dead: cython.ulonglong
+    ) -> cython.int:
+        # With the lock held: repair what a holder left half done, and note the facts.
+        started: cython.ulonglong = monotonic_ns()
+        torn: cython.bint = self.w64[b + _S_EPOCH] & 1
+        dropped: cython.Py_ssize_t = 0
+        collecting: cython.bint = gc.isenabled()
+        gc.disable()  # no finalizers while the lock is held
+        try:
+            if not torn and not dead:
+                self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+                torn = True
+            if torn:
+                dropped = self._rebuild(b)
+                self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+            self.w64[b + _S_RECOVERIES] += 1
+            self.news.append((s, dead, torn, dropped, monotonic_ns() - started))
+            self.has_news = True
+        finally:
+            if collecting:
+                gc.enable()
+        return 0
+
+    @cython.cfunc
+    @cython.inline
+    def _begin(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.int:
+        # Enter the write section.
+        self._acquire(s, b)
+        self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+        if self.touch_count[s]:
+            self._apply_touches(s, b)
+        return 0
+
+    @cython.cfunc
+    @cython.inline
+    def _end(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.void:
+        self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+        self._release(s, b)
+
+    @cython.cfunc
+    def _abort(
+        self, s: cython.Py_ssize_t, b: cython.Py_ssize_t, error: object
+    ) -> cython.int:
+        # Leave the write section after an exception; raises if that was damage: an
+        # index out of bounds, or a number that an interpreted view cannot hold.
+        damage: cython.bint = isinstance(error, IndexError) or (
+            not cython.compiled
+            and type(error) is ValueError
+            and "memoryview" in str(error)
+        )
+        if damage or self.w64[b + _S_EPOCH] & 1:
+            self._mend(s, b, 0)
+        self._release(s, b)
+        if damage:
+            raise SegmentCorrupt(
+                f"shard {s} of the segment was damaged and has been repaired as far as"
+                " its records were whole; repeat the call, and look for what else"
+                " writes to the segment"
+            ) from error
+        return 0
+
+    def _holder_is_dead(self, s: int, holder: int) -> bool:
+        raise NotImplementedError
+
+    def _recovery_lock(self, s: int) -> Any:
+        raise NotImplementedError
+
+    def _restore_permit(self, s: int) -> None:
+        raise NotImplementedError
+
+    def _check_reentry(self, s: int) -> None:
+        raise NotImplementedError
+
+    def _describe_wait(self, s: int, holder: int, waited: int) -> str:
+        raise NotImplementedError
+
+    def _tell(self) -> None:
+        raise NotImplementedError
+
+    # --- reading --------------------------------------------------------------------
+    #
+    # Problem: a lock around every read makes readers wait for readers.
+    # Mechanism: a compiled reader takes no lock.  It walks the chain, which may change
+    # under it (so every index is checked and the steps are counted), copies the value,
+    # and then looks at the record's version once more: unchanged and odd means that the
+    # copy is of one live entry, whatever happened to others meanwhile.  That nothing
+    # was found holds only if the shard's epoch was even and is unchanged.  After a few
+    # vain attempts it takes the lock like a writer.
+    # Recency: a hit is noted in a buffer of this process and applied under the lock
+    # before its next write to the shard, or when the buffer is full and the lock free;
+    # so LRU is exact in one process, and a buffer late for the others.
+    # Death in the middle: readers write nothing to the shard but ``expires`` of sliding
+    # entries, one compare-and-swap.
+
+    @cython.cfunc
+    def _lookup(self, key: object, how: cython.int) -> object:
+        # The value of a key, or MISSING.
+        kb: bytes = _key_bytes(key)
+        kind: cython.uint = _key_kind(key)
+        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
+        s: cython.Py_ssize_t = self._shard(h)
+        b: cython.Py_ssize_t = self._base(s)
+        if not cython.compiled:
+            return self._locked_lookup(s, b, h, kind, kb, how)
+        h32: cython.ulonglong = h & _MASK32
+        head: cython.Py_ssize_t = self._bucket(b, h32)
+        want: cython.uint = cython.cast(cython.uint, len(kb)) | kind << 16
+        attempt: cython.int
+        epoch: cython.ulonglong
+        version: cython.ulonglong
+        expires: cython.ulonglong
+        slot: cython.Py_ssize_t
+        v: cython.Py_ssize_t = 0
+        r: cython.Py_ssize_t
+        steps: cython.Py_ssize_t
+        value_len: cython.Py_ssize_t
+        meta: cython.uint
+        tag: cython.uint
+        block: cython.Py_ssize_t
+        data: bytes
+        found: cython.bint
+        try:
+            for attempt in range(_ATTEMPTS):
+                epoch = load(cython.address(self.w64[b + _S_EPOCH]))
+                slot = self.w32[head]
+                steps = 0
+                found = False
+                while slot:
+                    v = self._record(b, slot)
+                    r = 2 * v
+                    version = load(cython.address(self.w64[v]))
+                    meta = self.w32[r + _F_META]
+                    if (
+                        self.w32[r + _F_HASH] == h32
+                        and meta & _META_KEY == want
+                        and version & 1
+                    ):
+                        block = self.w32[r + _F_BLOCK]
+                        if self._same_key(b, block, kb):
+                            found = True
+                            break
+                    slot = self.w32[r + _F_CHAIN]
+                    steps += 1
+                    if steps > self.slots:
+                        break
+                if not found:
+                    read_fence()
+                    if (
+                        epoch & 1 == 0
+                        and epoch == load(cython.address(self.w64[b + _S_EPOCH]))
+                        and slot == 0
+                    ):
+                        if how == _USE:
+                            self.w64[self.row + _R_MISSES] += 1
+                        return MISSING
+                    pause()
+                    continue
+                value_len = self.w32[r + _F_VALUE_LEN]
+                expires = self.w64[v + 1]
+                read_fence()
+                if version != load(cython.address(self.w64[v])):
+                    continue
+                # Only now is the length known to be that of the entry.
+                if self._need(len(kb), value_len) > self.blocks:
+                    break
+                tag = (meta >> _META_TAG_SHIFT) & 15
+                data = self._copy_out(b, block, len(kb), value_len)
+                read_fence()
+                if version != load(cython.address(self.w64[v])):
+                    continue
+                if self.w32[r + _F_CHECKSUM] != self._checksum(data, h32, tag):
+                    break
+                if expires != _NEVER:
+                    if not self._still_good(v, expires, how):
+                        break
+                if how == _USE:
+                    self.w64[self.row + _R_HITS] += 1
+                    self._note(s, b, slot, version)
+                if tag == _TAG_CODEC:
+                    return self.decode(data)
+                if tag == _TAG_BYTES:
+                    return data
+                return decode_tagged(self.codec, tag, data)
+        except Corrupt:
+            pass
+        # Too busy a shard, an expired entry, or damage: all are settled under the lock.
+        return self._locked_lookup(s, b, h, kind, kb, how)
+
+    @cython.cfunc
+    def _still_good(
+        self, v: cython.Py_ssize_t, expires: cython.ulonglong, how: cython.int
+    ) -> cython.bint:
+        # Whether an entry with an expiry lives; in a sliding cache a use renews it.
+        now: cython.ulonglong = self._now()
+        if expires <= now:
+            return False
+        ttl: cython.uint
+        later: cython.ulonglong
+        if self.sliding and how == _USE:
+            ttl = self.w32[2 * v + _F_TTL]
+            later = now + _unpack_ttl(ttl)
+            if ttl and later > expires:
+                if cython.compiled:
+                    # Should the record have become another entry's since, this fails,
+                    # but for one that was to expire at the same nanosecond.
+                    cas(cython.address(self.w64[v + 1]), expires, later)
+                else:
+                    self.w64[v + 1] = later
+        return True
+
+    def _locked_lookup(
+        self, s: int, b: int, h: int, kind: int, kb: bytes, how: int
+    ) -> Any:
+        # The same under the lock; what has expired leaves on this occasion.
+        tag: cython.uint = 0
+        data: bytes = b""
+        now: cython.ulonglong = self._now()
+        bb: cython.Py_ssize_t = b
+        self._begin(s, bb)
+        try:
+            slot: cython.Py_ssize_t = self._find(bb, h & _MASK32, kind, kb)
+            if slot:
+                v: cython.Py_ssize_t = self._record(bb, slot)
+                tag = (self.w32[2 * v + _F_META] >> _META_TAG_SHIFT) & 15
+                if self.w64[v + 1] <= now:
+                    self._retire(bb, slot, _EXPIRED)
+                    slot = 0
+            if slot:
+                data = self._value(bb, slot, h)
+                if how == _USE:
+                    self.w64[bb + _S_HITS] += 1
+                    self._use(bb, slot)
+                    if self.sliding and self.w64[v + 1] != _NEVER:
+                        self._still_good(v, self.w64[v + 1], how)
+            elif how == _USE:
+                self.w64[bb + _S_MISSES] += 1
+        except BaseException as error:
+            self._abort(s, bb, error)
+            raise
+        self._end(s, bb)
+        if slot == 0:
+            return MISSING
+        return decode_tagged(self.codec, tag, data)
+
+    @cython.cfunc
+    def _value(
+        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t, h: cython.ulonglong
+    ) -> bytes:
+        # A live entry's bytes, under the lock; their checksum must agree.
+        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        meta: cython.uint = self.w32[r + _F_META]
+        value_len: cython.Py_ssize_t = self.w32[r + _F_VALUE_LEN]
+        if self._need(meta & _MAX_KEY, value_len) > self.blocks:
+            raise Corrupt("length")
+        data: bytes = self._copy_out(
+            b, self.w32[r + _F_BLOCK], meta & _MAX_KEY, value_len
+        )
+        if self.w32[r + _F_CHECKSUM] != self._checksum(
+            data, h & _MASK32, (meta >> _META_TAG_SHIFT) & 15
+        ):
+            raise Corrupt("checksum")
+        return data
+
+    @cython.cfunc
+    def _use(self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.int:
+        self.w32[2 * self._record(b, slot) + _F_META] |= _META_FETCHED
+        if self.w32[2 * self._record(b, 0) + _F_LRU_NEXT] != slot:
+            self._lru_remove(b, slot)
+            self._lru_front(b, slot)
+        return 0
+
+    @cython.cfunc
+    def _note(
+        self,
+        s: cython.Py_ssize_t,
+        b: cython.Py_ssize_t,
+        slot: cython.Py_ssize_t,
+        version: cython.ulonglong,
+    ) -> cython.int:
+        # Remember a hit; when the buffer is full apply it, or forget its older half.
+        at: cython.Py_ssize_t = s * _TOUCHES
+        n: cython.Py_ssize_t = self.touch_count[s]
+        i: cython.Py_ssize_t
+        if n and self.touch_version[at + n - 1] == version:
+            return 0
+        if n == _TOUCHES:
+            if self._try_acquire(s, b):
+                if self.w64[b + _S_EPOCH] & 1:
+                    self._mend(s, b, 0)
+                self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+                try:
+                    self._apply_touches(s, b)
+                except BaseException as error:
+                    self._abort(s, b, error)
+                    raise
+                self._end(s, b)
+                n = 0
+            else:
+                n = _TOUCHES // 2
+                for i in range(n):
+                    self.touch_slot[at + i] = self.touch_slot[at + n + i]
+                    self.touch_version[at + i] = self.touch_version[at + n + i]
+        self.touch_slot[at + n] = slot
+        self.touch_version[at + n] = version
+        self.touch_count[s] = n + 1
+        return 0
+
+    @cython.cfunc
+    def _apply_touches(
+        self, s: cython.Py_ssize_t, b: cython.Py_ssize_t
+    ) -> cython.int:
+        at: cython.Py_ssize_t = s * _TOUCHES
+        n: cython.Py_ssize_t = self.touch_count[s]
+        i: cython.Py_ssize_t
+        r: cython.Py_ssize_t
+        slot: cython.Py_ssize_t
+        self.touch_count[s] = 0
+        if cython.compiled and n > 4:
+            # The records are all over the slab: have their lines fetched side by side.
+            for i in range(n):
+                r = 2 * self._record(b, self.touch_slot[at + i])
+                prefetch(cython.address(self.w32[r]))
+            for i in range(n):
+                r = 2 * self._record(b, self.touch_slot[at + i])
+                slot = self.w32[r + _F_LRU_PREV]
+                prefetch(cython.address(self.w32[2 * self._record(b, slot)]))
+                slot = self.w32[r + _F_LRU_NEXT]
+                prefetch(cython.address(self.w32[2 * self._record(b, slot)]))
+        for i in range(n):
+            slot = self.touch_slot[at + i]
+            if self.w64[self._record(b, slot)] == self.touch_version[at + i]:
+                self._use(b, slot)
+        return 0
+
+    def _flush_touches(self) -> None:
+        """Apply this process's noted hits to the LRU rings."""
+        s: cython.Py_ssize_t
+        for s in range(self.touch_count.shape[0]):
+            if self.touch_count[s]:
+                self._step(s, 0)
+
+    # --- operations -----------------------------------------------------------------
+
+    @cython.cfunc
+    @cython.inline
+    def _ttl(self, ttl: object) -> cython.ulonglong:
+        # ns, 0 for "never"; an Ellipsis, as in the signatures, is "left out".
+        if ttl is ...:
+            return self.default_ttl
+        if ttl is None:
+            return 0
+        return ttl_to_ns(ttl)
+
+    @cython.cfunc
+    @cython.inline
+    def _shorten(self, ns: cython.ulonglong) -> cython.ulonglong:
+        # A TTL less a random part of at most ``jitter``, by xorshift64.
+        if self.jitter == 0 or ns == 0:
+            return ns
+        x: cython.ulonglong = self.random
+        x = (x ^ (x << 13)) & _MASK64
+        x ^= x >> 7
+        x = (x ^ (x << 17)) & _MASK64
+        self.random = x
+        cut: cython.ulonglong = ns // 1_000_000 * (x % (self.jitter + 1))
+        if cut == 0:
+            cut = ns * (x % (self.jitter + 1)) // 1_000_000
+        return ns - cut if cut < ns else 1
+
+    @cython.cfunc
+    def _put(
+        self,
+        key: object,
+        value: object,
+        ttl: object,
+        mode: cython.int,
+        token: cython.ulonglong,
+    ) -> cython.ulonglong:
+        # Store; the new version, or 0 when the mode forbids it.
+        kb: bytes = _key_bytes(key)
+        kind: cython.uint = _key_kind(key)
+        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
+        ns: cython.ulonglong = self._shorten(self._ttl(ttl))
+        tag: cython.uint
+        data: bytes
+        if type(value) is bytes and (self.fast_tags or self.raw_only):
+            tag = _TAG_BYTES
+            data = value
+        else:
+            pair: tuple = self.encode(value)
+            tag = pair[0]
+            data = pair[1]
+        now: cython.ulonglong = self._now()
+        expires: cython.ulonglong = now + ns if ns else _NEVER
+        word: cython.uint = _pack_ttl(ns)
+        s: cython.Py_ssize_t = self._shard(h)
+        b: cython.Py_ssize_t = self._base(s)
+        version: cython.ulonglong = 0
+        slot: cython.Py_ssize_t
+        if self._need(len(kb), len(data)) > self.blocks or len(kb) > _MAX_KEY:
+            self._refuse(s, b, len(kb), len(data))
+        self._begin(s, b)
+        try:
+            if now >= self.w64[b + _S_DUE] and self.w64[b + _S_DUE]:
+                self._reclaim(b, now, _RIDE)
+            slot = self._find(b, h & _MASK32, kind, kb)
+            if slot and self.w64[self._record(b, slot) + 1] <= now:
+                self._retire(b, slot, _EXPIRED)
+                slot = 0
+            if (
+                mode == _ANY
+                or (mode == _ADD and slot == 0)
+                or (mode == _REPLACE and slot)
+                or (
+                    mode == _CAS
+                    and slot
+                    and self.w64[self._record(b, slot)] == token
+                )
+            ):
+                version = self._store(
+                    s, b, slot, h, kind, kb, tag, data, expires, word, now
+                )
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        return version
+
+    def _refuse(self, s: int, b: int, key_len: int, value_len: int) -> None:
+        bb: cython.Py_ssize_t = b
+        self._begin(s, bb)
+        self.w64[bb + _S_TOO_LARGE] += 1
+        self._end(s, bb)
+        if key_len > _MAX_KEY:
+            raise EntryTooLarge(
+                f"a key of {key_len:,} bytes is over the limit of {_MAX_KEY:,};"
+                " use a digest of it as the key"
+            )
+        room = self.blocks * self.block_size
+        raise EntryTooLarge(
+            f"key ({key_len:,} bytes) and value ({value_len:,} bytes) can never fit:"
+            f" a shard holds {room:,} bytes; raise max_bytes"
+            + (", or lower shards" if self.shards > 1 else "")
+        )
+
+    @cython.cfunc
+    def _take(self, key: object, want: cython.bint) -> object:
+        # Remove an entry: its value (True if not wanted), or MISSING.
+        kb: bytes = _key_bytes(key)
+        kind: cython.uint = _key_kind(key)
+        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
+        now: cython.ulonglong = self._now()
+        s: cython.Py_ssize_t = self._shard(h)
+        b: cython.Py_ssize_t = self._base(s)
+        data: bytes = b""
+        tag: cython.uint = 0
+        self._begin(s, b)
+        try:
+            slot: cython.Py_ssize_t = self._find(b, h & _MASK32, kind, kb)
+            if slot and self.w64[self._record(b, slot) + 1] <= now:
+                self._retire(b, slot, _EXPIRED)
+                slot = 0
+            if slot:
+                if want:
+                    data = self._value(b, slot, h)
+                    tag = (
+                        self.w32[2 * self._record(b, slot) + _F_META]
+                        >> _META_TAG_SHIFT
+                    ) & 15
+                self._retire(b, slot, _DELETED)
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        if slot == 0:
+            return MISSING
+        return decode_tagged(self.codec, tag, data) if want else True
+
+    def get(self, key, default=None):
+        """The value of a key, or ``default``.  A hit is a use: it renews LRU rank.
+
+        O(1), without a lock when compiled.  Raises UnsupportedKey, CacheClosed, and
+        SegmentCorrupt when damage was met (and mended).
+        """
+        if self.guard[0] != self.token:
+            self._enter_process()
+        value = self._lookup(key, _USE)
+        return default if value is MISSING else value
+
+    def peek(self, key, default=None):
+        """As ``get``, but it counts neither as a use nor as a hit or miss."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        value = self._lookup(key, _QUIET)
+        return default if value is MISSING else value
+
+    def __contains__(self, key):
+        """Whether a key is there; not a use.  O(1)."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        return self._lookup(key, _QUIET) is not MISSING
+
+    def __getitem__(self, key):
+        """As ``get``; KeyError when absent."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        value = self._lookup(key, _USE)
+        if value is MISSING:
+            raise KeyError(key)
+        return value
+
+    def set(self, key, value, ttl=...):
+        """Store a value, in place of the key's former one if any.
+
+        ``ttl``: seconds (float) after which the entry expires; left out, the cache's
+        default; None, never.  A full cache gives up what has expired, then its least
+        recently used entries.  O(1).  Raises EntryTooLarge, UnsupportedKey,
+        UnsupportedValue, LockTimeout; nothing is changed then.
+        """
+        if self.guard[0] != self.token:
+            self._enter_process()
+        self._put(key, value, ttl, _ANY, 0)
+
+    def __setitem__(self, key, value):
+        """As ``set`` with the cache's default TTL."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        self._put(key, value, ..., _ANY, 0)
+
+    def add(self, key, value, ttl=...):
+        """Store only if the key is absent; whether it was stored.  Atomic.  O(1)."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        return self._put(key, value, ttl, _ADD, 0) != 0
+
+    def replace(self, key, value, ttl=...):
+        """Store only if the key is there; whether it was stored.  Atomic.  O(1)."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        return self._put(key, value, ttl, _REPLACE, 0) != 0
+
+    def gets(self, key):
+        """``(value, token)`` for ``cas``; ``(None, None)`` when absent.  O(1).
+
+        The token names this very version of the entry, and no other ever again.
+        """
+        if self.guard[0] != self.token:
+            self._enter_process()
+        kb: bytes = _key_bytes(key)
+        kind: cython.uint = _key_kind(key)
+        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
+        now: cython.ulonglong = self._now()
+        s: cython.Py_ssize_t = self._shard(h)
+        b: cython.Py_ssize_t = self._base(s)
+        data: bytes = b""
+        tag: cython.uint = 0
+        version: cython.ulonglong = 0
+        v: cython.Py_ssize_t
+        self._begin(s, b)
+        try:
+            slot: cython.Py_ssize_t = self._find(b, h & _MASK32, kind, kb)
+            if slot and self.w64[self._record(b, slot) + 1] <= now:
+                self._retire(b, slot, _EXPIRED)
+                slot = 0
+            if slot:
+                v = self._record(b, slot)
+                data = self._value(b, slot, h)
+                tag = (self.w32[2 * v + _F_META] >> _META_TAG_SHIFT) & 15
+                version = self.w64[v]
+                self.w64[b + _S_HITS] += 1
+                self._use(b, slot)
+                if self.w64[v + 1] != _NEVER:
+                    self._still_good(v, self.w64[v + 1], _USE)
+            else:
+                self.w64[b + _S_MISSES] += 1
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        if slot == 0:
+            return None, None
+        return decode_tagged(self.codec, tag, data), version
+
+    def cas(self, key, value, token, ttl=...):
+        """Store only if the entry is still the one that ``gets`` returned with this
+        token (None: if the key is still absent); whether it was stored.  O(1).
+        """
+        if self.guard[0] != self.token:
+            self._enter_process()
+        if token is None:
+            return self._put(key, value, ttl, _ADD, 0) != 0
+        return self._put(key, value, ttl, _CAS, token) != 0
+
+    def delete(self, key):
+        """Remove an entry; whether it was there.  O(1)."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        return self._take(key, False) is not MISSING
+
+    def __delitem__(self, key):
+        """As ``delete``; KeyError when absent."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        if self._take(key, False) is MISSING:
+            raise KeyError(key)
+
+    def pop(self, key, default=MISSING):
+        """Remove an entry and return its value; ``default``, or KeyError, when absent.
+
+        Of several processes that pop one key, one gets the value.  O(1).
+        """
+        if self.guard[0] != self.token:
+            self._enter_process()
+        value = self._take(key, True)
+        if value is MISSING:
+            if default is MISSING:
+                raise KeyError(key)
+            return default
+        return value
+
+    def touch(self, key, ttl=...):
+        """Give an entry a new time to live from now on; whether it was there.
+
+        It is a use, too: the entry becomes the most recently used.  O(1).
+        """
+        if self.guard[0] != self.token:
+            self._enter_process()
+        kb: bytes = _key_bytes(key)
+        kind: cython.uint = _key_kind(key)
+        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
+        ns: cython.ulonglong = self._shorten(self._ttl(ttl))
+        now: cython.ulonglong = self._now()
+        s: cython.Py_ssize_t = self._shard(h)
+        b: cython.Py_ssize_t = self._base(s)
+        v: cython.Py_ssize_t
+        self._begin(s, b)
+        try:
+            slot: cython.Py_ssize_t = self._find(b, h & _MASK32, kind, kb)
+            if slot and self.w64[self._record(b, slot) + 1] <= now:
+                self._retire(b, slot, _EXPIRED)
+                slot = 0
+            if slot:
+                v = self._record(b, slot)
+                self._wheel_remove(b, slot)
+                self._put_word(v + 1, now + ns if ns else _NEVER)
+                self.w32[2 * v + _F_TTL] = _pack_ttl(ns)
+                if ns:
+                    self._wheel_insert(b, slot, now + ns, now)
+                self._use(b, slot)
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        return slot != 0
+
+    def ttl(self, key):
+        """Seconds an entry has left, None for "never"; KeyError when absent.  O(1)."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        kb: bytes = _key_bytes(key)
+        kind: cython.uint = _key_kind(key)
+        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
+        now: cython.ulonglong = self._now()
+        s: cython.Py_ssize_t = self._shard(h)
+        b: cython.Py_ssize_t = self._base(s)
+        expires: cython.ulonglong = 0
+        self._begin(s, b)
+        try:
+            slot: cython.Py_ssize_t = self._find(b, h & _MASK32, kind, kb)
+            if slot:
+                expires = self.w64[self._record(b, slot) + 1]
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        if expires <= now:
+            raise KeyError(key)
+        if expires == _NEVER:
+            return None
+        return (expires - now) / 1e9
+
+    def incr(self, key, delta=1, *, initial=None, ttl=...):
+        """Add to a number, atomically over all processes; the new number.  O(1).
+
+        Absent: ``initial + delta`` is stored, or KeyError without ``initial``.
+        ``ttl`` left out keeps an entry's expiry.  An int and a float make a float.
+        Raises TypeError when the value is not a number, OverflowError when the int
+        leaves 64 bits; nothing is changed then.
+        """
+        if self.guard[0] != self.token:
+            self._enter_process()
+        if self.raw_only:
+            raise UnsupportedValue(
+                'codec "raw" holds bytes only, so incr() has no number to add to;'
+                " use another codec for counters"
+            )
+        if type(delta) not in (int, float) or (
+            initial is not None and type(initial) not in (int, float)
+        ):
+            raise TypeError(
+                f"delta and initial must be int or float, not {delta!r} and {initial!r}"
+            )
+        kb: bytes = _key_bytes(key)
+        kind: cython.uint = _key_kind(key)
+        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
+        ns: cython.ulonglong = self._shorten(self._ttl(ttl))
+        fresh = None if initial is None else initial + delta
+        now: cython.ulonglong = self._now()
+        s: cython.Py_ssize_t = self._shard(h)
+        b: cython.Py_ssize_t = self._base(s)
+        expires: cython.ulonglong = now + ns if ns else _NEVER
+        word: cython.uint = _pack_ttl(ns)
+        number = None
+        old = None
+        tag: cython.uint = _TAG_INT
+        v: cython.Py_ssize_t
+        data: bytes
+        self._begin(s, b)
+        try:
+            slot: cython.Py_ssize_t = self._find(b, h & _MASK32, kind, kb)
+            if slot and self.w64[self._record(b, slot) + 1] <= now:
+                self._retire(b, slot, _EXPIRED)
+                slot = 0
+            if slot:
+                v = self._record(b, slot)
+                tag = (self.w32[2 * v + _F_META] >> _META_TAG_SHIFT) & 15
+                if tag == _TAG_INT or tag == _TAG_FLOAT:
+                    old = decode_tagged(self.codec, tag, self._value(b, slot, h))
+                    number = old + delta
+                if ttl is ...:
+                    expires = self.w64[v + 1]
+                    word = self.w32[2 * v + _F_TTL]
+            else:
+                number = fresh
+            if number is not None:
+                data = _number_bytes(number)
+                if data is not None:
+                    tag = _TAG_INT if type(number) is int else _TAG_FLOAT
+                    self._store(
+                        s, b, slot, h, kind, kb, tag, data, expires, word, now
+                    )
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        if number is None:
+            if slot == 0:
+                raise KeyError(key)
+            raise TypeError(
+                f"the value of {key!r} is not an int of 64 bits or a float, so nothing"
+                " can be added to it; set() a number first"
+            )
+        if data is None:
+            raise OverflowError(
+                f"{number} does not fit into 64 bits; set() a smaller number first"
+            )
+        if ttl is ... and self.sliding and slot:
+            self._lookup(key, _USE)
+        return number
+
+    def decr(self, key, delta=1, *, initial=None, ttl=...):
+        """Subtract from a number: ``incr`` with ``-delta``."""
+        return self.incr(key, -delta, initial=initial, ttl=ttl)
+
+    def get_many(self, keys):
+        """A dict of those of the keys that are there.  O(keys)."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        found = {}
+        for key in keys:
+            value = self._lookup(key, _USE)
+            if value is not MISSING:
+                found[key] = value
+        return found
+
+    def set_many(self, mapping, ttl=...):
+        """Store several entries, each by itself.  O(entries)."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        for key, value in mapping.items():
+            self._put(key, value, ttl, _ANY, 0)
+
+    def delete_many(self, keys):
+        """Remove several entries; how many were there.  O(keys)."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        count = 0
+        for key in keys:
+            if self._take(key, False) is not MISSING:
+                count += 1
+        return count
+
+    def _is_joined(self) -> bool:
+        """Whether this process may go ahead without ``_enter_process``."""
+        return self.guard[0] == self.token
+
+    def _take_news(self) -> Any:
+        """What _mend noted since the last call: tuples of shard, token of the dead
+        holder or 0, whether lists were rebuilt, entries dropped, ns it took."""
+        news, self.news = self.news, []
+        self.has_news = False
+        return news
+
+    # --- steps: pieces of work that Cache repeats, each a short hold of one lock -----
+
+    def _step(self, s: int, limit: int) -> int:
+        """Apply our touches to a shard and retire up to ``limit`` expired entries;
+        how many went, or -1 if no more are due."""
+        now: cython.ulonglong = self._now()
+        b: cython.Py_ssize_t = self._base(s)
+        removed: cython.Py_ssize_t = 0
+        due: cython.ulonglong
+        self._begin(s, b)
+        try:
+            due = self.w64[b + _S_DUE]
+            if limit and due and now >= due:
+                removed = self._reclaim(b, now, limit)
+                due = self.w64[b + _S_DUE]
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        if removed == 0 and (due == 0 or now < due):
+            return -1
+        return removed
+
+    def _due(self, s: int) -> bool:
+        """Whether a shard may hold something expired; a look without the lock."""
+        due: cython.ulonglong = self.w64[self._base(s) + _S_DUE]
+        return due != 0 and self._now() >= due
+
+    def _scan(self, s: int, bucket: int, limit: int, values: bool) -> Any:
+        """Up to about ``limit`` live entries of a shard from a bucket on.
+
+        Returns the next bucket, or -1 at the end, and a flat list of slot, meta, key
+        bytes and value bytes.  Buckets are the stable order: an entry that is
+        overwritten moves to another slot, never to another bucket.
+        """
+        now: cython.ulonglong = self._now()
+        b: cython.Py_ssize_t = self._base(s)
+        bb: cython.Py_ssize_t = bucket
+        out = [None] * (4 * (limit + 64))
+        room: cython.Py_ssize_t = limit
+        n: cython.Py_ssize_t = 0
+        seen: cython.Py_ssize_t = 0
+        steps: cython.Py_ssize_t
+        v: cython.Py_ssize_t
+        slot: cython.Py_ssize_t
+        meta: cython.uint
+        self._begin(s, b)
+        try:
+            while bb < self.slots and n < room and seen < 64 * room:
+                slot = self.w32[2 * b + self.buckets4 + bb]
+                bb += 1
+                seen += 1
+                steps = 0
+                while slot:
+                    v = self._record(b, slot)
+                    if self.w64[v + 1] > now:
+                        meta = self.w32[2 * v + _F_META]
+                        if n >= room + 64:
+                            raise Corrupt("chain")
+                        out[4 * n] = slot
+                        out[4 * n + 1] = meta
+                        out[4 * n + 2] = self._copy_out(
+                            b, self.w32[2 * v + _F_BLOCK], 0, meta & _MAX_KEY
+                        )
+                        if values:
+                            out[4 * n + 3] = self._value(
+                                b, slot, self.w32[2 * v + _F_HASH]
+                            )
+                        n += 1
+                    slot = self.w32[2 * v + _F_CHAIN]
+                    steps += 1
+                    if steps > self.slots:
+                        raise Corrupt("chain")
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        del out[4 * n :]
+        return (bb if bb < self.slots else -1), out
+
+    def _clear_step(
+        self, s: int, bucket: int, limit: int, newest: int, kind: int, prefix: bytes
+    ) -> Any:
+        """Retire the entries of some buckets whose version is at most ``newest`` and
+        whose key is of a kind (0: any) and begins with a prefix.
+
+        Returns the next bucket, or -1 at the end, and how many went.
+        """
+        b: cython.Py_ssize_t = self._base(s)
+        bb: cython.Py_ssize_t = bucket
+        room: cython.Py_ssize_t = limit
+        n: cython.Py_ssize_t = 0
+        seen: cython.Py_ssize_t = 0
+        steps: cython.Py_ssize_t
+        v: cython.Py_ssize_t
+        slot: cython.Py_ssize_t
+        after: cython.Py_ssize_t
+        meta: cython.uint
+        want: cython.uint = kind
+        self._begin(s, b)
+        try:
+            while bb < self.slots and n < room and seen < 64 * room:
+                slot = self.w32[2 * b + self.buckets4 + bb]
+                bb += 1
+                seen += 1
+                steps = 0
+                while slot:
+                    v = self._record(b, slot)
+                    after = self.w32[2 * v + _F_CHAIN]
+                    meta = self.w32[2 * v + _F_META]
+                    if self.w64[v] <= newest and (
+                        want == 0
+                        or (
+                            (meta >> 16) & 15 == want
+                            and meta & _MAX_KEY >= cython.cast(cython.uint, len(prefix))
+                            and self._copy_out(
+                                b, self.w32[2 * v + _F_BLOCK], 0, len(prefix)
+                            )
+                            == prefix
+                        )
+                    ):
+                        self._retire(b, slot, _CLEARED)
+                        n += 1
+                    slot = after
+                    steps += 1
+                    if steps > self.slots:
+                        raise Corrupt("chain")
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        return (bb if bb < self.slots else -1), n
+
+    def _pop_oldest(self, s: int) -> Any:
+        """Take the least recently used live entry of a shard: kind, key bytes, tag,
+        value bytes; None when the shard is empty."""
+        now: cython.ulonglong = self._now()
+        b: cython.Py_ssize_t = self._base(s)
+        key: bytes = b""
+        data: bytes = b""
+        meta: cython.uint = 0
+        v: cython.Py_ssize_t
+        slot: cython.Py_ssize_t = 0
+        self._begin(s, b)
+        try:
+            while True:
+                slot = self.w32[2 * self._record(b, 0) + _F_LRU_PREV]
+                if slot == 0:
+                    break
+                v = self._record(b, slot)
+                if self.w64[v + 1] <= now:
+                    self._retire(b, slot, _EXPIRED)
+                    continue
+                meta = self.w32[2 * v + _F_META]
+                key = self._copy_out(
+                    b, self.w32[2 * v + _F_BLOCK], 0, meta & _MAX_KEY
+                )
+                data = self._value(b, slot, self.w32[2 * v + _F_HASH])
+                self._retire(b, slot, _DELETED)
+                break
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        if slot == 0:
+            return None
+        return (meta >> 16) & 15, key, (meta >> _META_TAG_SHIFT) & 15, data
+
+    def _repair(self, s: int) -> int:
+        """Rebuild a shard from its records; how many entries were given up."""
+        b: cython.Py_ssize_t = self._base(s)
+        dropped: cython.Py_ssize_t = 0
+        self._acquire(s, b)
+        try:
+            self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+            dropped = self._rebuild(b)
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        return dropped
+
+    def _snapshot(self, s: int, first: int, last: int) -> bytes:
+        """A copy of a shard's bytes, taken under its lock."""
+        b: cython.Py_ssize_t = self._base(s)
+        data: bytes = b""
+        at: cython.Py_ssize_t = 8 * b + first
+        n: cython.Py_ssize_t = last - first
+        self._acquire(s, b)
+        try:
+            if cython.compiled:
+                data = PyBytes_FromStringAndSize(
+                    cython.cast("const char *", cython.address(self.mem[at])), n
+                )
+            else:
+                data = bytes(self.mem[at : at + n])
+        finally:
+            self._put_word(b + _S_HOLDER, 0)
+            self._post(s)
+        if self.has_news:
+            self._tell()
+        return data
+
+    # Claims of get_or_set: a small open table of (hash, token) under the lock.
+
+    def _claim(self, s: int, h: int, dead: int) -> int:
+        """Claim the computation of a key: 0 when it is ours now, else the token of the
+        worker that has it, or of ``dead``'s successor; 1 when the table is crowded."""
+        b: cython.Py_ssize_t = self._base(s)
+        hh: cython.ulonglong = h
+        gone: cython.ulonglong = dead
+        home: cython.Py_ssize_t = cython.cast(cython.Py_ssize_t, hh & 255)
+        free: cython.Py_ssize_t = -1
+        at: cython.Py_ssize_t
+        i: cython.Py_ssize_t
+        result: cython.ulonglong = 1
+        self._begin(s, b)
+        try:
+            for i in range(_CLAIMS):
+                at = b + _S_CLAIMS + 2 * ((home + i) & (_CLAIMS - 1))
+                if self.w64[at + 1] == 0:
+                    if free < 0:
+                        free = at
+                elif self.w64[at] == hh:
+                    result = self.w64[at + 1]
+                    free = at if result == gone else -2
+                    break
+            if free >= 0:
+                self.w64[free] = hh
+                self._put_word(free + 1, self.token)
+                result = 0
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        return result
+
+    def _unclaim_key(self, s: int, h: int) -> None:
+        """Give a claim of ours back."""
+        b: cython.Py_ssize_t = self._base(s)
+        hh: cython.ulonglong = h
+        at: cython.Py_ssize_t
+        i: cython.Py_ssize_t
+        self._begin(s, b)
+        for i in range(_CLAIMS):
+            at = b + _S_CLAIMS + 2 * i
+            if self.w64[at + 1] == self.token and self.w64[at] == hh:
+                self._put_word(at + 1, 0)
+                self.w64[at] = 0
+        self._end(s, b)
+
+    def _key_hash(self, key: Any) -> Any:
+        """(kind, bytes, hash, shard) of a key."""
+        kb = _key_bytes(key)
+        kind: cython.uint = _key_kind(key)
+        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
+        return kind, kb, h, self._shard(h)
+
+
+def _number_bytes(number: Any) -> Any:
+    """Eight bytes of an int or float; None for an int that needs more."""
+    if type(number) is float:
+        return _DOUBLE.pack(number)
+    try:
+        return number.to_bytes(8, "little", signed=True)
+    except OverflowError:
+        return None

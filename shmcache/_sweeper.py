@@ -1,0 +1,153 @@
+"""The local sweep: one daemon thread in each process that uses caches.
+
+It removes what has expired, in short holds of one lock, applies this process's
+noted hits, and frees the rows of dead workers.  It starts with the first operation
+in a process, never at import or construction, so that a server may load its
+application and fork before there is a thread.  Around ``os.fork`` it is stopped and
+started again: a child must not be born while it holds something.
+
+Where threads do not run (uWSGI without --enable-threads) sweeping rides on inserts,
+which always pay for a few expired entries, and on ``len()`` and ``sweep()``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+from shmcache.errors import CacheClosed, LockTimeout, ShmCacheError
+
+if TYPE_CHECKING:
+    from shmcache.cache import Cache
+
+log = logging.getLogger("shmcache")
+
+# A run takes at most this long before it lets others have their turn.
+STEP_BUDGET = 0.05
+
+
+def threads_run() -> bool:
+    """Whether a thread started here would run while the main thread waits."""
+    uwsgi = sys.modules.get("uwsgi")
+    if uwsgi is None:
+        return True
+    options = getattr(uwsgi, "opt", {})
+    return any(
+        option in options or option.encode() in options
+        for option in ("enable-threads", "threads")
+    )
+
+
+class Sweeper:
+    """The thread of one process, and the caches it looks after."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._due: weakref.WeakKeyDictionary[Cache, float] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stop = False
+
+    def watch(self, cache: Cache) -> None:
+        """Sweep a cache from now on, as often as its cleanup_interval says."""
+        if not threads_run():
+            return
+        with self._lock:
+            self._due[cache] = time.monotonic() + cache.cleanup_interval
+            self._start()
+        self._wake.set()
+
+    def _start(self) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            return
+        self._stop = False
+        self._thread = threading.Thread(
+            target=self._run, name="shmcache-sweeper", daemon=True
+        )
+        self._thread.start()
+
+    def pause(self) -> None:
+        """End the thread, for a fork or the end of the process."""
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return
+        self._stop = True
+        self._wake.set()
+        thread.join(5)
+        self._thread = None
+
+    def resume(self) -> None:
+        """Start the thread again if there is something to look after."""
+        with self._lock:
+            if len(self._due):
+                self._start()
+
+    def _run(self) -> None:
+        while not self._stop:
+            self._wake.clear()
+            with self._lock:
+                work = list(self._due.items())
+            if not work:
+                # Nobody is left: the next watch() starts another thread.
+                return
+            now = time.monotonic()
+            for cache, due in work:
+                if due <= now and not self._stop:
+                    self._sweep(cache)
+            delays = [due for _, due in work]
+            work = cache = None  # type: ignore[assignment] # keep no cache alive
+            self._wake.wait(max(0.01, min(delays) - time.monotonic()))
+
+    def _sweep(self, cache: Cache) -> None:
+        again = time.monotonic() + cache.cleanup_interval
+        try:
+            if not cache.closed:
+                cache._tend(STEP_BUDGET)  # noqa: SLF001
+                if cache._behind():  # noqa: SLF001
+                    again = time.monotonic() + 0.01
+        except CacheClosed:
+            pass
+        except LockTimeout as error:
+            log.warning("sweep of cache %s put off: %s", cache.name, error)
+        except ShmCacheError:
+            log.exception("sweep of cache %s failed", cache.name)
+        with self._lock:
+            if cache in self._due:
+                if cache.closed:
+                    del self._due[cache]
+                else:
+                    self._due[cache] = again
+
+
+_current: Sweeper | None = None
+
+
+def sweeper() -> Sweeper:
+    """This process's sweeper."""
+    global _current  # noqa: PLW0603 - one thread a process
+    if _current is None or _current.pid != os.getpid():
+        _current = Sweeper()
+    return _current
+
+
+def _before_fork() -> None:
+    if _current is not None and _current.pid == os.getpid():
+        _current.pause()
+
+
+def _after_fork_in_parent() -> None:
+    if _current is not None and _current.pid == os.getpid():
+        _current.resume()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
+atexit.register(_before_fork)

@@ -1,0 +1,541 @@
+"""Who uses a segment: attachments, worker rows, leases.
+
+Problem: to know for certain that a process is dead, in any PID namespace, whatever
+it died of, and although its children live.
+
+Mechanism: each process that uses a segment holds a kernel lock for its worker row:
+a classic record lock (fcntl) on one byte of the lease file.  The kernel drops it
+when the process ends, before it is a zombie; a forked child does not inherit it;
+and anybody can ask (F_GETLK) whether a byte is locked.  A row's token is its number
+and an incarnation that is never used again, so a row handed on is not mistaken for
+its former owner.  PIDs are written down for people only.
+
+The trap of record locks is that closing *any* descriptor of the file drops all the
+locks that the process has on it.  So a process opens a segment's lease file once:
+all its Cache objects of that name share one Attachment, found in ``_attachments``.
+
+Fork is noticed without hooks, as some servers fork in C: ``guard`` is a page that
+the kernel wipes in the child (MADV_WIPEONFORK) and that else holds the token.
+
+Byte 0 of the lease file is the admin lock, under which segments are created,
+removed and taken over, and rows handed out and reaped.  Death in the middle of any
+of these frees the lock and leaves what the next holder can tell from the header:
+no magic word, no leases, a row whose lease is gone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import logging
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from shmcache import _layout as L
+from shmcache import _segment
+from shmcache._segment import Block, Header, Names, Settings
+from shmcache.errors import (
+    LockTimeout,
+    SegmentCorrupt,
+    SegmentNotFound,
+    TooManyWorkers,
+)
+
+log = logging.getLogger("shmcache")
+
+_ADMIN = 0
+_RECOVERY = 16  # first of MAX_SHARDS bytes
+_ROW = 4096  # first of ROWS bytes
+# Creating a large segment, or repairing one, happens under the admin lock.
+ADMIN_TIMEOUT = 60.0
+
+_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
+
+
+class Lease:
+    """The open lease file of a segment, and the kernel locks on its bytes."""
+
+    def __init__(self, names: Names) -> None:
+        self._path = names.lease_path
+        self.fd = _segment.open_own(
+            self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        )
+        self.inode = os.fstat(self.fd).st_ino
+
+    def current(self) -> bool:
+        """Whether the descriptor is open on the file that has the name now."""
+        try:
+            found = os.stat(self._path, follow_symlinks=False)
+            ours = os.fstat(self.fd)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
+
+    def try_lock(self, byte: int) -> bool:
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except OSError:
+            return False
+        return True
+
+    def unlock(self, byte: int) -> None:
+        fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, byte)
+
+    def holder(self, byte: int, length: int = 1) -> int | None:
+        """The PID of another process with a lock in a range, None if there is none.
+
+        It is 0 if that process lives in a PID namespace that we cannot see into.
+        """
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, length, 0)
+        kind, _, _, _, pid = struct.unpack(
+            _FLOCK, fcntl.fcntl(self.fd, fcntl.F_GETLK, asked)
+        )
+        return None if kind == fcntl.F_UNLCK else max(0, pid)
+
+    def wait(self, byte: int, what: str) -> None:
+        """Lock a byte; LockTimeout, naming the holder, after ADMIN_TIMEOUT."""
+        deadline = time.monotonic() + ADMIN_TIMEOUT
+        pause = 0.0005
+        while not self.try_lock(byte):
+            if time.monotonic() > deadline:
+                raise LockTimeout(
+                    f"{what} is locked by process {self.holder(byte)} for over"
+                    f" {ADMIN_TIMEOUT:.0f} s; see whether that process is stopped"
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.01)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+# One mutex a process: a lock inherited through fork may be held by a thread that
+# does not exist here, and setdefault is atomic.
+_mutexes: dict[int, threading.RLock] = {}
+
+
+def mutex() -> threading.RLock:
+    """The lock of this process's attachments."""
+    pid = os.getpid()
+    return _mutexes.get(pid) or _mutexes.setdefault(pid, threading.RLock())
+
+
+_attachments: dict[str, Attachment] = {}
+
+
+class Attachment:
+    """One segment as one process, and each process forked from it, uses it."""
+
+    def __init__(self, names: Names, lease: Lease) -> None:
+        self.names = names
+        self.lease = lease
+        self.block: Block
+        self.header: Header
+        self.words: memoryview
+        self.references = 0
+        self._admin_depth = 0
+        self._admin_pid = 0
+        self._guard_page, self.guard = _fork_guard()
+        self.token = 0
+        self.row = 0
+        # What the interpreted engine and get_or_set must know of this process's other
+        # threads: who is inside which shard, and who computes which key.
+        self.owners: dict[int, int] = {}
+        self.flights: dict[int, Any] = {}
+
+    # --- life -----------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        names: Names,
+        settings: Settings | None,
+        now: int,
+        prepare: Callable[[Attachment], None],
+    ) -> Attachment:
+        """Attach to a segment, or create it; without settings only attach.
+
+        ``prepare`` is called, still under the admin lock, when the segment was left by
+        others and is to be used again.
+        """
+        with mutex():
+            known = _attachments.get(names.segment)
+            if known and known.usable():
+                if settings:
+                    known.header.settings.require_same(settings, names.cache)
+                known.enter()
+                known.references += 1
+                return known
+            self = cls._opened(names)
+            try:
+                self._find_or_create(settings, now, prepare)
+            except BaseException:
+                self._close_files()
+                raise
+            self._release_admin()
+            self.references = 1
+            _attachments[names.segment] = self
+            return self
+
+    @classmethod
+    def _opened(cls, names: Names) -> Attachment:
+        # The admin lock of the lease file that has the name: whoever locked one that
+        # was removed meanwhile tries again.
+        while True:
+            lease = Lease(names)
+            try:
+                lease.wait(_ADMIN, f"cache {names.cache!r}")
+            except BaseException:
+                lease.close()
+                raise
+            if lease.current():
+                attachment = cls(names, lease)
+                attachment._admin_depth = 1
+                attachment._admin_pid = os.getpid()
+                return attachment
+            lease.close()
+
+    def _find_or_create(
+        self,
+        settings: Settings | None,
+        now: int,
+        prepare: Callable[[Attachment], None],
+    ) -> None:
+        names = self.names
+        in_use = self.lease.holder(_ROW, L.ROWS) is not None
+        warm = False
+        try:
+            self.block = Block(names)
+            self.header = _segment.read_header(names, self.block.buf)
+        except FileNotFoundError:
+            if settings is None:
+                self._remove_lease()
+                raise SegmentNotFound(
+                    f"there is no cache named {names.cache!r} of user {os.geteuid()};"
+                    " create it with Cache(name, ...)"
+                ) from None
+            self._create(settings, now)
+        except SegmentCorrupt:
+            if in_use or not self._unfinished():
+                raise
+            self._replace(settings, now, "its creator died")
+        else:
+            if not in_use and not self.header.settings.persist:
+                self._replace(settings, now, "all its users died")
+            elif settings:
+                self.header.settings.require_same(settings, names.cache)
+            warm = not in_use and self.header.settings.persist
+        self.words = self.block.buf.cast("Q")
+        if warm:
+            self._reset()
+        self.enter()
+        if warm:
+            prepare(self)
+
+    def _unfinished(self) -> bool:
+        # No magic word: a creator was killed before it was done.
+        try:
+            with open(self.names.segment_path, "rb") as file:
+                return not file.read(8).strip(b"\0")
+        except OSError:
+            return False
+
+    def _create(self, settings: Settings, now: int) -> None:
+        self.block = _segment.create(self.names, settings, self.lease.inode, now)
+        self.header = _segment.read_header(self.names, self.block.buf)
+        log.info(
+            "created cache %s: %d bytes, %d shards",
+            self.names.cache,
+            self.header.geometry.size,
+            self.header.geometry.shards,
+            extra={"cache": self.names.cache, "event": "created"},
+        )
+
+    def _replace(self, settings: Settings | None, now: int, why: str) -> None:
+        _segment.remove(self.names)
+        if settings is None:
+            self._remove_lease()
+            raise SegmentNotFound(
+                f"cache {self.names.cache!r} was left over ({why}) and has been"
+                " removed; create it with Cache(name, ...)"
+            )
+        log.info(
+            "cache %s starts anew: %s",
+            self.names.cache,
+            why,
+            extra={"cache": self.names.cache, "event": "replaced"},
+        )
+        self._create(settings, now)
+
+    def _reset(self) -> None:
+        # Nobody has a lease: what locks, rows and claims say is of the dead.
+        _segment.make_semaphores(self.names, self.header.geometry.shards)
+        self.reap()
+        geometry = self.header.geometry
+        for shard in range(geometry.shards):
+            base = (geometry.shards_at + shard * geometry.stride) // 8
+            self.words[base + L.S_HOLDER] = 0
+            for i in range(2 * L.CLAIMS):
+                self.words[base + L.S_CLAIMS + i] = 0
+
+    def usable(self) -> bool:
+        """Whether new users of the name would come to this very segment."""
+        return self.lease.current()
+
+    def entered(self) -> bool:
+        """Whether this process, not one that forked it, has the token."""
+        return self.token != 0 and self.guard[0] == self.token
+
+    def enter(self) -> None:
+        """Take a worker row for this process, unless it has one."""
+        with mutex():
+            if self.entered():
+                return
+            with self.admin():
+                if not self.lease.current():
+                    raise SegmentNotFound(self.names.cache)
+                self.owners.clear()
+                self.flights.clear()
+                row = self._free_row()
+                self.row = (L.ROWS_AT + row * L.ROW_SIZE) // 8
+                self.words[L.H_INCARNATION] += 1
+                incarnation = self.words[L.H_INCARNATION] & 0xFFFF_FFFF_FFFF
+                token = incarnation << 16 | (row + 1)
+                self.words[self.row + L.R_PID] = os.getpid()
+                self.words[self.row + L.R_STARTED] = time.time_ns()
+                self.words[self.row + L.R_TOKEN] = token
+                self.token = token
+                self.guard[0] = token
+        _leave_at_exit()
+        log.debug(
+            "worker %d attached to cache %s",
+            os.getpid(),
+            self.names.cache,
+            extra={"cache": self.names.cache, "event": "attached", "pid": os.getpid()},
+        )
+
+    def _free_row(self) -> int:
+        # A row that nobody has, its lease taken; the dead leave theirs if need be.
+        for _ in range(2):
+            for row in range(L.ROWS):
+                token = self.words[(L.ROWS_AT + row * L.ROW_SIZE) // 8 + L.R_TOKEN]
+                if token == 0 and self.lease.try_lock(_ROW + row):
+                    return row
+            self.reap()
+        raise TooManyWorkers(
+            f"cache {self.names.cache!r} has {L.ROWS} processes attached, and no more"
+            " fit; close it in processes that do not need it"
+        )
+
+    def release(self) -> None:
+        """One user less; with the last one this process leaves the segment."""
+        with mutex():
+            self.references -= 1
+            if self.references > 0:
+                return
+            if _attachments.get(self.names.segment) is self:
+                del _attachments[self.names.segment]
+            if self.entered():
+                self._leave()
+            self._close_files()
+
+    def _leave(self) -> None:
+        # The last one out removes the segment, unless it is to persist.
+        with self.admin():
+            row = (self.token & 0xFFFF) - 1
+            self.guard[0] = 0
+            self._fold(row)
+            if self.header.settings.persist or not self.lease.current():
+                return
+            if self.lease.holder(_ROW, L.ROWS) is None:
+                _segment.remove(self.names, self.header.geometry.shards)
+                self._remove_lease()
+
+    def _remove_lease(self) -> None:
+        os.unlink(self.names.lease_path)
+
+    def _close_files(self) -> None:
+        # Closing the lease file frees all our locks on it, the row's among them.
+        self._admin_depth = 0
+        self.words = memoryview(b"")
+        if hasattr(self, "block"):
+            self.block.close()
+        self.lease.close()
+
+    def unlink(self) -> None:
+        """Remove the names; processes that are attached keep what they have."""
+        with mutex(), self.admin():
+            if self.lease.current():
+                _segment.remove(self.names, self.header.geometry.shards)
+                self._remove_lease()
+
+    # --- admin lock -----------------------------------------------------------------
+
+    @contextmanager
+    def admin(self) -> Iterator[None]:
+        """Hold the admin lock; the caller holds ``mutex()``, as may be nested."""
+        if self._admin_pid != os.getpid():
+            self._admin_depth = 0
+            self._admin_pid = os.getpid()
+        if self._admin_depth == 0:
+            self.lease.wait(_ADMIN, f"cache {self.names.cache!r}")
+        self._admin_depth += 1
+        try:
+            yield
+        finally:
+            self._release_admin()
+
+    def _release_admin(self) -> None:
+        self._admin_depth -= 1
+        if self._admin_depth == 0:
+            self.lease.unlock(_ADMIN)
+
+    @contextmanager
+    def recovery(self, shard: int) -> Iterator[None]:
+        """Hold the right to take a shard over (for engines without compare-and-swap)."""
+        with mutex():
+            self.lease.wait(_RECOVERY + shard, f"recovery of shard {shard}")
+            try:
+                yield
+            finally:
+                self.lease.unlock(_RECOVERY + shard)
+
+    # --- rows -----------------------------------------------------------------------
+
+    def alive(self, token: int) -> bool:
+        """Whether the worker with this token still has its lease."""
+        if token == self.token and self.entered():
+            return True
+        row = (token & 0xFFFF) - 1
+        if not 0 <= row < L.ROWS:
+            return False
+        at = (L.ROWS_AT + row * L.ROW_SIZE) // 8
+        if self.words[at + L.R_TOKEN] != token:
+            return False
+        return self.lease.holder(_ROW + row) is not None
+
+    def pid(self, token: int) -> int:
+        """The PID that a worker wrote down, 0 if its row has been handed on."""
+        row = (token & 0xFFFF) - 1
+        if not 0 <= row < L.ROWS:
+            return 0
+        at = (L.ROWS_AT + row * L.ROW_SIZE) // 8
+        return self.words[at + L.R_PID] if self.words[at + L.R_TOKEN] == token else 0
+
+    def tokens(self) -> list[int]:
+        """The tokens in the rows, of the living and of the dead not yet reaped."""
+        first = L.ROWS_AT // 8 + L.R_TOKEN
+        last = first + L.ROWS * L.ROW_WORDS
+        return [token for token in self.words[first : last : L.ROW_WORDS] if token]
+
+    def reap(self) -> int:
+        """Free the rows of dead workers, keeping their counts; how many there were."""
+        dead = [token for token in self.tokens() if not self.alive(token)]
+        if not dead:
+            return 0
+        with mutex(), self.admin():
+            reaped = 0
+            for token in dead:
+                row = (token & 0xFFFF) - 1
+                at = (L.ROWS_AT + row * L.ROW_SIZE) // 8
+                if 0 <= row < L.ROWS and not self.alive(self.words[at + L.R_TOKEN]):
+                    self._fold(row)
+                    reaped += 1
+        if reaped:
+            log.info(
+                "reaped %d dead workers of cache %s",
+                reaped,
+                self.names.cache,
+                extra={"cache": self.names.cache, "event": "reaped", "count": reaped},
+            )
+        return reaped
+
+    def _fold(self, row: int) -> None:
+        # Add a row's counters to the totals of the gone, and free the row.  The sums are
+        # written to the bank that does not count, with the row's token; one store makes
+        # it the one that counts.  Whoever dies before that store has done nothing, and
+        # after it the token tells the next one that only the clearing is left.
+        at = (L.ROWS_AT + row * L.ROW_SIZE) // 8
+        words = self.words
+        token = words[at + L.R_TOKEN]
+        counting = words[L.H_FOLD] & 1
+        old = L.FOLD_AT + counting * L.FOLD_WORDS
+        if token and words[old + L.FOLD_TOKEN] != token:
+            new = L.FOLD_AT + (1 - counting) * L.FOLD_WORDS
+            for i in range(L.ROW_WORDS - L.R_COUNTERS):
+                total = words[old + i] + words[at + L.R_COUNTERS + i]
+                words[new + i] = total & L.MASK64
+            words[new + L.FOLD_TOKEN] = token
+            words[L.H_FOLD] = 1 - counting
+        for i in range(L.R_COUNTERS, L.ROW_WORDS):
+            words[at + i] = 0
+        words[at + L.R_TOKEN] = 0
+
+    def counters(self) -> list[int]:
+        """The sums of all workers' counters, of the living and of the gone."""
+        n = L.ROW_WORDS - L.R_COUNTERS
+        while True:
+            counting = self.words[L.H_FOLD] & 1
+            bank = L.FOLD_AT + counting * L.FOLD_WORDS
+            totals = self.words[bank : bank + n].tolist()
+            folded = self.words[bank + L.FOLD_TOKEN]
+            rows = self.words[
+                L.ROWS_AT // 8 : (L.ROWS_AT + L.ROWS * L.ROW_SIZE) // 8
+            ].tolist()
+            if self.words[L.H_FOLD] & 1 == counting:
+                break
+        for at in range(0, len(rows), L.ROW_WORDS):
+            if rows[at + L.R_TOKEN] not in (0, folded):
+                for i in range(n):
+                    totals[i] += rows[at + L.R_COUNTERS + i]
+        return totals
+
+
+def _fork_guard() -> tuple[mmap.mmap, memoryview]:
+    # A private page that reads as zeros in a forked child.
+    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    words = memoryview(page).cast("Q")
+    try:
+        page.madvise(mmap.MADV_WIPEONFORK)
+    except (AttributeError, OSError):
+        # Before Linux 4.14, or under an emulated kernel: forks in C go unnoticed.
+        def wipe() -> None:
+            words[0] = 0
+
+        os.register_at_fork(after_in_child=wipe)
+    return page, words
+
+
+_leaving: set[int] = set()
+
+
+def _leave_at_exit() -> None:
+    # Children of multiprocessing end by os._exit; only its own finalizers run there.
+    pid = os.getpid()
+    if pid in _leaving:
+        return
+    _leaving.add(pid)
+    from multiprocessing import parent_process, util
+
+    if parent_process() is not None:
+        util.Finalize(None, leave_all, exitpriority=0)
+
+
+def leave_all() -> None:
+    """Leave all segments, at the end of the process."""
+    with mutex():
+        for attachment in list(_attachments.values()):
+            if attachment.entered():
+                attachment.references = 1
+                attachment.release()
+
+
+atexit.register(leave_all)

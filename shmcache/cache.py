@@ -1,0 +1,910 @@
+"""The public face: one bounded LRU + TTL map, shared by the processes of a host.
+
+What must be fast is in _slab.py, whose class is the base of ``Cache``; here is what
+a call can afford: settings, life, iteration, single flight, statistics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import re
+import struct
+import sys
+import threading
+import time
+import weakref
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    MutableMapping,
+    ValuesView,
+)
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Self
+
+import posix_ipc
+
+from shmcache import _check
+from shmcache import _layout as L
+from shmcache._codec import decode_key, decode_tagged, encode_key, make_codec
+from shmcache._flight import Flight
+from shmcache._memoize import Memoized
+from shmcache._segment import Names, Settings
+from shmcache._slab import MISSING, Slab, compiled, ttl_to_ns
+from shmcache._sweeper import sweeper
+from shmcache._workers import Attachment, mutex
+from shmcache.errors import (
+    CacheClosed,
+    ReentrantCall,
+    SegmentNotFound,
+    UnsupportedKey,
+    UnsupportedPlatform,
+)
+
+log = logging.getLogger("shmcache")
+
+# A step of sweep, clear or iteration holds a lock for about this many entries:
+# some tens of microseconds compiled.
+STEP = 64
+MIN_CLEANUP, MAX_CLEANUP = 1.0, 300.0
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_size(size: Any, what: str = "max_bytes") -> int:
+    """Bytes of an int or of a text such as "64 MiB", "64M" (binary) or "64 MB"."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        number = size
+    elif isinstance(size, str) and (match := _SIZE.fullmatch(size.strip())):
+        digits, prefix, binary = match.groups()
+        base = 1000 if prefix and not binary and size.strip()[-1] in "bB" else 1024
+        number = int(float(digits) * base ** " kmgt".index(prefix.lower() or " "))
+    else:
+        raise TypeError(
+            f'{what} must be a number of bytes or a text such as "64 MiB", not {size!r}'
+        )
+    if number <= 0:
+        raise ValueError(f"{what} must be over 0, not {size!r}; leave it out for the"
+                         " default of 512 bytes an entry")
+    return number
+
+
+def _count(value: Any, what: str, low: int, high: int, hint: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be an int, not {value!r}; {hint}")
+    if not low <= value <= high:
+        raise ValueError(f"{what} must be from {low} to {high}, not {value}; {hint}")
+    return value
+
+
+def _plan(
+    max_entries: Any,
+    max_bytes: Any,
+    ttl: Any,
+    sliding: Any,
+    jitter: Any,
+    cleanup_interval: Any,
+    shards: Any,
+    persist: Any,
+    codec: str,
+) -> Settings:
+    """The settings that a constructor's arguments ask for, checked."""
+    _count(max_entries, "max_entries", 0, L.MAX_INDEX, "0 bounds by bytes alone")
+    if max_bytes is None:
+        if max_entries == 0:
+            raise ValueError(
+                "max_entries=0 leaves the bound to the bytes: give max_bytes, for"
+                ' example "64 MiB"'
+            )
+        size = L.default_max_bytes(max_entries)
+    else:
+        size = parse_size(max_bytes)
+    ttl_ns = 0 if ttl is None else ttl_to_ns(ttl)
+    if isinstance(jitter, bool) or not isinstance(jitter, (int, float)):
+        raise TypeError(f"jitter must be a number from 0 to 1, not {jitter!r}")
+    if not 0 <= jitter < 1:
+        raise ValueError(
+            f"jitter must be from 0 to below 1, not {jitter!r}: it is the largest part"
+            " by which a TTL is shortened, 0.1 for 10 %"
+        )
+    if cleanup_interval is None:
+        seconds = math.inf if ttl is None else ttl / 4
+        cleanup_interval = min(MAX_CLEANUP, max(MIN_CLEANUP, seconds))
+    if shards is None:
+        shards = L.default_shards(max_entries, size)
+    else:
+        hint = "leave it out to have it follow from max_entries"
+        _count(shards, "shards", 1, L.MAX_SHARDS, hint)
+        if max_entries and shards > max_entries:
+            raise ValueError(
+                f"{shards} shards cannot share {max_entries} entries; {hint}"
+            )
+    settings = Settings(
+        max_entries=max_entries,
+        max_bytes=size,
+        ttl_ns=ttl_ns,
+        sliding=bool(sliding),
+        jitter_ppm=round(jitter * 1_000_000),
+        cleanup_ns=ttl_to_ns(cleanup_interval, "cleanup_interval"),
+        shards=shards,
+        persist=bool(persist),
+        codec=codec,
+    )
+    geometry = settings.geometry
+    if size < shards * geometry.block_size:
+        raise ValueError(
+            f"max_bytes of {size} has no room for a block of {geometry.block_size}"
+            f" bytes in each of {shards} shards; raise max_bytes or lower shards"
+        )
+    if geometry.blocks > L.MAX_INDEX:
+        raise ValueError(
+            f"a shard of {geometry.blocks:,} blocks is over {L.MAX_INDEX:,};"
+            " raise shards"
+        )
+    return settings
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a cache did since its segment was created, over all processes.
+
+    Times are in seconds, sizes in bytes.
+    """
+
+    name: str
+    entries: int  # with those expired but not yet removed
+    max_entries: int  # 0: bounded by bytes alone
+    bytes_used: int  # in blocks, as bytes_capacity is
+    bytes_capacity: int
+    segment_bytes: int  # all of the shared memory
+    hits: int
+    misses: int
+    sets: int
+    removed: dict[str, int] = field(repr=False)  # by cause
+    expired: int
+    evicted: int  # for want of room
+    unread: int  # expired or evicted without ever having been read
+    sweeps: int
+    sweep_seconds: float
+    too_large: int
+    lock_waits: int
+    lock_wait_seconds: float
+    lock_timeouts: int
+    recoveries: int  # shards taken over from the dead, or repaired
+    dropped: int  # entries that a repair had to give up
+    shards: int
+    workers: int
+    age: float
+    compiled: bool
+
+    @property
+    def hit_ratio(self) -> float:
+        """Hits by lookups; 0.0 before the first lookup."""
+        lookups = self.hits + self.misses
+        return self.hits / lookups if lookups else 0.0
+
+
+class Cache(Slab):
+    """A bounded LRU + TTL map in shared memory, one for all processes of a host.
+
+    ``Cache(name)`` creates the segment of that name, or attaches to it when another
+    process of the same user has created it; the settings must agree then.
+
+    - ``max_entries``: how many entries at most; 0, bounded by bytes alone.
+    - ``max_bytes``: room for keys and values, an int or a text such as "64 MiB";
+      default: 512 bytes an entry, at least 1 MiB.  Bookkeeping, 72 bytes an entry,
+      comes on top.  All of it is reserved at creation.
+    - ``ttl``: seconds an entry lives by default; None, for ever.
+    - ``sliding``: a hit renews the entry's time.
+    - ``jitter``: each TTL is shortened by a random part of up to this much, 0 to 1.
+    - ``cleanup_interval``: seconds from sweep to sweep in each process; default: a
+      quarter of the TTL, from 1 s to 5 min.
+    - ``shards``: parts with a lock each; default: 1 up to 16,384 entries, more above.
+      Entries and bytes are divided evenly, and LRU order holds within a shard.
+    - ``persist``: keep the segment when the last process has gone.
+    - ``lock_timeout``: seconds to wait for a lock before LockTimeout.
+    - ``codec``: "msgpack", "msgspec", "pickle" (executes code on reading: only where
+      all writers are trusted), "raw" (bytes), or an object with dumps and loads.
+    - ``clock``: what to use for time: a callable returning nanoseconds as an int or
+      seconds as a float, the same in all processes.
+
+    Raises ConfigMismatch, OutOfSharedMemory, SegmentRefused, SegmentCorrupt,
+    TooManyWorkers; ValueError and TypeError for arguments that make no sense.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_entries: int = 10_000,
+        max_bytes: int | str | None = None,
+        ttl: float | None = None,
+        sliding: bool = False,
+        jitter: float = 0.0,
+        cleanup_interval: float | None = None,
+        shards: int | None = None,
+        persist: bool = False,
+        lock_timeout: float = 5.0,
+        codec: Any = "msgpack",
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        chosen = make_codec(codec)
+        settings = _plan(
+            max_entries,
+            max_bytes,
+            ttl,
+            sliding,
+            jitter,
+            cleanup_interval,
+            shards,
+            persist,
+            chosen.name,
+        )
+        self._open(name, settings, chosen, lock_timeout, clock)
+
+    @classmethod
+    def attach(
+        cls,
+        name: str,
+        *,
+        lock_timeout: float = 5.0,
+        codec: Any = None,
+        clock: Callable[[], float] | None = None,
+    ) -> Self:
+        """An existing cache, with its own settings; SegmentNotFound otherwise.
+
+        ``codec`` is needed only for one that cannot be made from its name.
+        """
+        self = cls.__new__(cls)
+        chosen = None if codec is None else make_codec(codec)
+        self._open(name, None, chosen, lock_timeout, clock)
+        return self
+
+    # --- life -----------------------------------------------------------------------
+
+    def _open(
+        self,
+        name: str,
+        settings: Settings | None,
+        codec: Any,
+        lock_timeout: float,
+        clock: Callable[[], float] | None,
+    ) -> None:
+        if not sys.platform.startswith("linux"):
+            raise UnsupportedPlatform(
+                f"shmcache needs Linux (record locks, /dev/shm), and this is"
+                f" {sys.platform}"
+            )
+        self.name = name
+        self.closed = True
+        self._codec = codec
+        self._timeout_ns = ttl_to_ns(lock_timeout, "lock_timeout")
+        self._given_clock = clock
+        self._clock = _nanoseconds(clock)
+        self._names = Names.of(name)
+        self._attach(settings)
+
+    def _attach(self, settings: Settings | None) -> None:
+        now = self._clock() if self._clock else time.monotonic_ns()
+        attachment = Attachment.open(self._names, settings, now, self._revive)
+        try:
+            self._take_up(attachment)
+        except BaseException:
+            attachment.release()
+            raise
+        # Leaves also when nobody calls close(), at the latest with the object.
+        self._finalizer = weakref.finalize(self, attachment.release)
+        self._finalizer.atexit = False
+
+    def _take_up(self, attachment: Attachment) -> None:
+        header = attachment.header
+        settings = header.settings
+        if self._codec is None:
+            self._codec = make_codec(settings.codec)
+        elif self._codec.name != settings.codec:
+            settings.require_same(
+                Settings(**{**vars(settings), "codec": self._codec.name}), self.name
+            )
+        self._attachment = attachment
+        self._settings = settings
+        self.cleanup_interval = settings.cleanup_ns / 1e9
+        self._bind(
+            attachment.block.buf,
+            header.geometry,
+            settings.capacities(),
+            header.seed,
+            self._codec,
+            self._clock,
+            _EngineSettings(
+                sliding=settings.sliding,
+                ttl_ns=settings.ttl_ns,
+                jitter_ppm=settings.jitter_ppm,
+                epoch_ns=header.epoch_ns,
+                lock_timeout_ns=self._timeout_ns,
+            ),
+        )
+        self._open_semaphores(
+            [self._names.semaphore(shard) for shard in range(settings.shards)]
+        )
+        self.closed = False
+
+    def _revive(self, attachment: Attachment) -> None:
+        # Under the admin lock, and nobody else is there: the dead may have left any
+        # shard in any state, and its bytes may have been changed since.
+        self._take_up(attachment)
+        self._adopt()
+        kept = dropped = 0
+        for shard in range(attachment.header.geometry.shards):
+            dropped += self._repair(shard)
+            kept += attachment.words[self._words_of(shard) + L.S_ENTRIES]
+        attachment.words[L.H_RECOVERED] = kept
+        attachment.words[L.H_LOST] = dropped
+        log.info(
+            "cache %s is used again: %d entries recovered, %d dropped",
+            self.name,
+            kept,
+            dropped,
+            extra={
+                "cache": self.name,
+                "event": "revived",
+                "recovered": kept,
+                "dropped": dropped,
+            },
+        )
+        self._unbind()
+        self._close_semaphores()
+        self.closed = True
+
+    def _words_of(self, shard: int) -> int:
+        geometry = self._attachment.header.geometry
+        return (geometry.shards_at + shard * geometry.stride) // 8
+
+    def _adopt(self) -> None:
+        attachment = self._attachment
+        self._join(
+            attachment.guard,
+            attachment.token,
+            attachment.row,
+            int.from_bytes(os.urandom(8), "little"),
+            attachment.owners,
+        )
+
+    def _enter_process(self) -> None:
+        if self.closed:
+            raise CacheClosed(
+                f"cache {self.name!r} was closed in this process; make a new"
+                " Cache object to use it again"
+            )
+        with mutex():
+            if not self._attachment.entered():
+                if not self._attachment.words:
+                    self.closed = True
+                    self._unbind()
+                    raise CacheClosed(
+                        f"cache {self.name!r} was closed at the end of this process"
+                    )
+                try:
+                    self._attachment.enter()
+                except SegmentNotFound:
+                    # Forked from a process that has gone since and took the segment
+                    # with it: the forked ones meet in a new one of the same name.
+                    self._finalizer.detach()
+                    self._attach(self._settings)
+            self._adopt()
+        sweeper().watch(self)
+
+    def close(self) -> None:
+        """Leave the cache in this process; the last process to leave removes it.
+
+        It is removed even then if ``persist`` was asked for.  Calling it twice is
+        fine; any other use afterwards raises CacheClosed.
+        """
+        with mutex():
+            if self.closed:
+                return
+            if self._attachment.entered() and self._attachment.words:
+                self._flush_quietly()
+            self.closed = True
+            self._unbind()
+            self._close_semaphores()
+            self._finalizer()
+
+    def _flush_quietly(self) -> None:
+        # Recency is not worth an error, nor a wait for a stopped holder.
+        try:
+            if self._is_joined():
+                self._flush_touches()
+        except Exception as error:  # noqa: BLE001
+            log.debug("touches of cache %s lost: %s", self.name, error)
+
+    def unlink(self) -> None:
+        """Remove the names of segment and semaphores now.
+
+        Processes that are attached go on with what they have; the next one to ask for
+        the name gets a new segment.
+        """
+        self._require_open()
+        self._attachment.unlink()
+
+    def _require_open(self) -> None:
+        if self.closed or not self._is_joined():
+            self._enter_process()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        """Pickles as its name: the other process attaches to the same segment."""
+        return _attached, (
+            self.name,
+            self._timeout_ns / 1e9,
+            self._given_clock,
+        )
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"max_entries={self._settings.max_entries}"
+        return f"<shmcache.Cache {self.name!r} {state}>"
+
+    # --- the lock's slow side: see _slab.py -----------------------------------------
+
+    def _holder_is_dead(self, s: int, holder: int) -> bool:
+        attachment = self._attachment
+        if holder != attachment.token:
+            return not attachment.alive(holder)
+        if compiled:
+            return False  # another thread of ours, which cannot lose the lock
+        # Interpreted, an exception out of a signal handler may strike between any two
+        # bytecodes: the thread may have left the section without giving up the lock.
+        owner = attachment.owners.get(s)
+        if owner == threading.get_ident():
+            return True  # not a nested call, see _check_reentry
+        frame = sys._current_frames().get(owner or 0)  # noqa: SLF001
+        return not any(_in_engine(f) for f in _frames(frame))
+
+    def _check_reentry(self, s: int) -> None:
+        if self._attachment.owners.get(s) != threading.get_ident():
+            return
+        frames = _frames(sys._getframe())  # noqa: SLF001
+        for frame in frames:
+            if not frame.f_globals.get("__name__", "").startswith("shmcache."):
+                break
+        if any(_in_engine(frame) for frame in frames):
+            raise ReentrantCall(
+                f"cache {self.name!r} was called from a signal handler, or a finalizer,"
+                " that interrupted an operation on the same shard; note the event in"
+                " the handler and use the cache after it (the compiled engine allows"
+                " this: install a C compiler, then reinstall shmcache)"
+            )
+
+    def _restore_permit(self, s: int) -> None:
+        semaphore = posix_ipc.Semaphore(self._names.semaphore(s))
+        try:
+            if semaphore.value == 0:
+                semaphore.release()
+        finally:
+            semaphore.close()
+
+    def _recovery_lock(self, s: int) -> Any:
+        return self._attachment.recovery(s)
+
+    def _describe_wait(self, s: int, holder: int, waited: int) -> str:
+        attachment = self._attachment
+        if holder == attachment.token:
+            who = f"another thread of this process ({os.getpid()})"
+        elif holder:
+            who = f"process {attachment.pid(holder)}, which lives"
+        else:
+            who = "changing holders"
+        return (
+            f"shard {s} of cache {self.name!r} was not to be had in"
+            f" {waited / 1e9:.1f} s: it is held by {who}; see whether that process is"
+            " stopped or starved, or raise lock_timeout"
+        )
+
+    def _tell(self) -> None:
+        # After a lock was given up: what we found and mended while we had it.
+        for shard, dead, torn, dropped, ns in self._take_news():
+            pid = self._attachment.pid(dead) if dead else 0
+            log.warning(
+                "shard %d of cache %s: %s; %s, %d entries dropped, in %.1f ms",
+                shard,
+                self.name,
+                f"process {pid} died holding its lock" if dead else "damage was met",
+                "lists rebuilt" if torn else "nothing was half done",
+                dropped,
+                ns / 1e6,
+                extra={
+                    "cache": self.name,
+                    "event": "recovered",
+                    "shard": shard,
+                    "dead_pid": pid,
+                    "rebuilt": bool(torn),
+                    "dropped": dropped,
+                    "seconds": ns / 1e9,
+                },
+            )
+
+    # --- reading and writing, the slower ones ---------------------------------------
+
+    def setdefault(self, key: Any, default: Any = None, ttl: Any = ...) -> Any:
+        """The value of a key; ``default`` is stored and returned when it is absent."""
+        while True:
+            value = self.get(key, MISSING)
+            if value is not MISSING:
+                return value
+            if self.add(key, default, ttl):
+                return default
+
+    def update(self, other: Any = (), /, **more: Any) -> None:
+        """Store all pairs of a mapping or iterable, and of the keyword arguments."""
+        pairs = other.items() if isinstance(other, Mapping) else other
+        for key, value in pairs:
+            self[key] = value
+        for key, value in more.items():
+            self[key] = value
+
+    def popitem(self) -> tuple[Any, Any]:
+        """Remove the least recently used entry; its key and value.
+
+        With several shards it is the least recently used of one of them.  KeyError
+        when the cache is empty.
+        """
+        self._require_open()
+        for shard in range(self._settings.shards):
+            found = self._pop_oldest(shard)
+            if found:
+                kind, key, tag, data = found
+                return decode_key(kind, key), decode_tagged(self._codec, tag, data)
+        raise KeyError("the cache is empty")
+
+    def get_or_set(
+        self,
+        key: Any,
+        factory: Callable[[], Any],
+        ttl: Any = ...,
+        *,
+        timeout: float | None = None,
+    ) -> Any:
+        """The value of a key; ``factory()`` computes and stores it when it is absent.
+
+        Over all processes of the host one caller computes, and the others wait for its
+        result.  What the factory raises reaches its own caller, and the next one in the
+        queue computes; if the computing process dies, another takes over.
+
+        ``timeout``: seconds to wait for another's result, then LockTimeout; None, as
+        long as it takes.
+        """
+        value = self.get(key, MISSING)
+        if value is not MISSING:
+            return value
+        flight = Flight(self, key, threading.get_ident(), timeout)
+        with flight.landing():
+            for pause in flight.pauses():
+                time.sleep(pause)
+            if flight.value is MISSING:
+                flight.value = factory()
+                self.set(key, flight.value, ttl)
+        return flight.value
+
+    async def _get_or_await(
+        self, key: Any, factory: Callable[[], Any], ttl: Any
+    ) -> Any:
+        # As get_or_set, for a coroutine function; waiting leaves the loop free.
+        value = self.get(key, MISSING)
+        if value is not MISSING:
+            return value
+        flight = Flight(self, key, asyncio.current_task(), None)
+        with flight.landing():
+            for pause in flight.pauses():
+                await asyncio.sleep(pause)
+            if flight.value is MISSING:
+                flight.value = await factory()
+                self.set(key, flight.value, ttl)
+        return flight.value
+
+    def memoize(
+        self,
+        ttl: Any = ...,
+        *,
+        key: Callable[..., Any] | None = None,
+        typed: bool = False,
+    ) -> Callable[[Callable[..., Any]], Any]:
+        """A decorator that remembers a function's results in this cache.
+
+        All processes share them, and of callers that miss at once one computes.
+        Arguments must be valid keys (str, bytes, int, tuples of them; None, bool and
+        float are taken, too), or ``key(*args, **kwargs)`` makes one of them.
+        ``typed``: 1, 1.0 and True are different arguments.
+
+        Methods: results belong to the instance, so they are not shared with other
+        processes, unless the instance's class has a ``__cache_key__`` attribute (or
+        ``key`` is given), which then stands for it.
+
+        The function gets ``cache_key(...)``, ``invalidate(...) -> bool`` and
+        ``__wrapped__``.  Coroutine functions do not block their loop.
+        """
+        if callable(ttl):
+            raise TypeError("memoize needs its parentheses: @cache.memoize()")
+
+        def decorate(function: Callable[..., Any]) -> Memoized:
+            return Memoized(self, function, ttl, key, typed)
+
+        return decorate
+
+    def clear(self, prefix: Any = None) -> int:
+        """Remove all entries that are there now, or those whose key has a prefix.
+
+        ``prefix``: a str, bytes, or tuple; of a tuple key the first elements count.
+        Returns how many went.  O(buckets) in bounded steps; entries stored meanwhile
+        stay.
+        """
+        self._require_open()
+        kind, data = 0, b""
+        if prefix is not None:
+            kind, data = encode_key(prefix)
+            if kind == L.Kind.INT:
+                raise UnsupportedKey(
+                    f"a prefix must be str, bytes or tuple, not {prefix!r};"
+                    " delete() removes a single key"
+                )
+        removed = 0
+        words = self._attachment.words
+        newest = [
+            words[self._words_of(shard) + L.S_SEQUENCE] << 1 | 1
+            for shard in range(self._settings.shards)
+        ]
+        for shard, version in enumerate(newest):
+            bucket = 0
+            while bucket >= 0:
+                bucket, count = self._clear_step(
+                    shard, bucket, STEP, version, kind, data
+                )
+                removed += count
+        return removed
+
+    def sweep(self, budget: float | None = None) -> int:
+        """Remove what has expired; how many went.
+
+        ``budget``: seconds after which to stop; None, when nothing is left.  O(expired)
+        in short holds of one lock.  Each process does this by itself from time to time.
+        """
+        self._require_open()
+        started = time.monotonic()
+        removed = 0
+        for shard in range(self._settings.shards):
+            if not self._due(shard):
+                continue
+            while (count := self._step(shard, STEP)) >= 0:
+                removed += count
+                if budget is not None and time.monotonic() - started > budget:
+                    break
+        row = self._attachment.row
+        self._attachment.words[row + L.R_SWEEPS] += 1
+        elapsed = round((time.monotonic() - started) * 1e9)
+        self._attachment.words[row + L.R_SWEEP_NS] += elapsed
+        return removed
+
+    def _tend(self, budget: float) -> None:
+        # What the sweeper does: expired entries, our noted hits, dead workers' rows.
+        self._require_open()
+        self._flush_touches()
+        self.sweep(budget)
+        self._attachment.reap()
+
+    def _behind(self) -> bool:
+        # Whether a sweep ran out of its budget.
+        return any(self._due(shard) for shard in range(self._settings.shards))
+
+    # --- as a mapping ---------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """How many live entries there are; removes what has expired first."""
+        self._require_open()
+        for shard in range(self._settings.shards):
+            while self._due(shard) and self._step(shard, STEP) >= 0:
+                pass
+        words = self._attachment.words
+        return sum(
+            words[self._words_of(shard) + L.S_ENTRIES]
+            for shard in range(self._settings.shards)
+        )
+
+    def __bool__(self) -> bool:
+        """True: a cache is not nothing because it is empty."""
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        """All keys, in no order; what lives throughout is met exactly once.
+
+        Iteration is no use of the entries.  It takes each lock for some dozens of
+        entries at a time, so others go on writing.
+        """
+        for kind, key, _, _ in self._entries(values=False):
+            yield decode_key(kind, key)
+
+    def _entries(self, *, values: bool) -> Iterator[tuple[int, bytes, int, bytes]]:
+        self._require_open()
+        for shard in range(self._settings.shards):
+            bucket = 0
+            while bucket >= 0:
+                self._require_open()
+                bucket, flat = self._scan(shard, bucket, STEP, values)
+                for i in range(0, len(flat), 4):
+                    meta = flat[i + 1]
+                    kind = meta >> 16 & 15
+                    tag = meta >> L.META_TAG_SHIFT & 15
+                    yield kind, flat[i + 2], tag, flat[i + 3]
+
+    def keys(self) -> KeysView[Any]:
+        """The keys, as a view: ``len``, ``in``, iteration."""
+        return KeysView(self)  # type: ignore[arg-type] # a Mapping by registration
+
+    def values(self) -> ValuesView[Any]:
+        """The values, as a view."""
+        return _Values(self)  # type: ignore[arg-type]
+
+    def items(self) -> ItemsView[Any, Any]:
+        """The pairs of key and value, as a view; each pair was so at one moment."""
+        return _Items(self)  # type: ignore[arg-type]
+
+    # --- seeing ---------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """Counts since the segment's creation, over all processes, gone ones included.
+
+        Each shard is read at one moment, without its lock.  O(shards + workers).
+        """
+        self._require_open()
+        attachment = self._attachment
+        geometry = attachment.header.geometry
+        settings = self._settings
+        sums = [0] * L.S_COUNTERS_END
+        for shard in range(settings.shards):
+            for i, word in enumerate(self._shard_words(shard)):
+                sums[i] += word
+        counters = attachment.counters()
+        rows = {
+            word: counters[word - L.R_COUNTERS]
+            for word in (L.R_HITS, L.R_MISSES, L.R_SWEEPS, L.R_SWEEP_NS)
+        }
+        removed = {cause.name: sums[L.S_GONE + cause] for cause in L.Cause}
+        return Stats(
+            name=self.name,
+            entries=sums[L.S_ENTRIES],
+            max_entries=settings.max_entries,
+            bytes_used=sums[L.S_BLOCKS_USED] * geometry.block_size,
+            bytes_capacity=geometry.blocks * geometry.shards * geometry.block_size,
+            segment_bytes=geometry.size,
+            hits=sums[L.S_HITS] + rows[L.R_HITS],
+            misses=sums[L.S_MISSES] + rows[L.R_MISSES],
+            sets=sums[L.S_SETS],
+            removed=removed,
+            expired=removed["EXPIRED"],
+            evicted=removed["CAPACITY"],
+            unread=sums[L.S_UNREAD],
+            sweeps=rows[L.R_SWEEPS],
+            sweep_seconds=rows[L.R_SWEEP_NS] / 1e9,
+            too_large=sums[L.S_TOO_LARGE],
+            lock_waits=sums[L.S_LOCK_WAITS],
+            lock_wait_seconds=sums[L.S_LOCK_WAIT_NS] / 1e9,
+            lock_timeouts=sums[L.S_LOCK_TIMEOUTS],
+            recoveries=sums[L.S_RECOVERIES],
+            dropped=sums[L.S_DROPPED],
+            shards=settings.shards,
+            workers=sum(map(attachment.alive, attachment.tokens())),
+            age=(time.time_ns() - attachment.header.created_ns) / 1e9,
+            compiled=compiled,
+        )
+
+    def _shard_words(self, shard: int) -> tuple[int, ...]:
+        # The words up to the counters' end as they were at one moment: the epoch is
+        # even and the same before and after.  A stopped writer must not keep us.
+        base = self._words_of(shard)
+        words = self._attachment.words
+        data: tuple[int, ...] = ()
+        for _ in range(1000):
+            epoch = words[base + L.S_EPOCH]
+            data = struct.unpack(
+                f"{L.S_COUNTERS_END}Q", words[base : base + L.S_COUNTERS_END]
+            )
+            if epoch & 1 == 0 and words[base + L.S_EPOCH] == epoch:
+                break
+        return data
+
+    def check(self) -> list[str]:
+        """What is wrong with the segment, a sentence each; empty when it is sound.
+
+        Reads every record and every list by an independent reader of the format, a
+        shard at a time, from a copy made under the shard's lock.  O(size).
+        """
+        self._require_open()
+        geometry = self._attachment.header.geometry
+        buffer = self._attachment.block.buf
+        with mutex(), self._attachment.admin():
+            head = bytes(buffer[: geometry.shards_at])
+        findings = _check.check_header(head)
+        header = _check.read_header(head)
+        for shard in range(geometry.shards):
+            data = self._snapshot(shard, 0, geometry.stride)
+            findings += _check.check_shard(data, header, shard, quiescent=False)
+        return findings
+
+
+@dataclass(frozen=True)
+class _EngineSettings:
+    sliding: bool
+    ttl_ns: int
+    jitter_ppm: int
+    epoch_ns: int
+    lock_timeout_ns: int
+
+
+class _Values(ValuesView[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        cache: Any = self._mapping
+        for _, _, tag, data in cache._entries(values=True):  # noqa: SLF001
+            yield decode_tagged(cache._codec, tag, data)  # noqa: SLF001
+
+    def __contains__(self, value: object) -> bool:
+        return any(v is value or v == value for v in self)
+
+
+class _Items(ItemsView[Any, Any]):
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        cache: Any = self._mapping
+        for kind, key, tag, data in cache._entries(values=True):  # noqa: SLF001
+            yield decode_key(kind, key), decode_tagged(cache._codec, tag, data)  # noqa: SLF001
+
+    def __contains__(self, item: object) -> bool:
+        key, value = item  # type: ignore[misc]
+        found = self._mapping.peek(key, MISSING)  # type: ignore[attr-defined]
+        return found is not MISSING and (found is value or found == value)
+
+
+MutableMapping.register(Cache)
+
+
+def _nanoseconds(clock: Callable[[], float] | None) -> Callable[[], int] | None:
+    """A clock as the engine wants it: int nanoseconds, or None for CLOCK_MONOTONIC."""
+    if clock is None:
+        return None
+    if not callable(clock):
+        raise TypeError(
+            f"clock must be callable, such as time.monotonic_ns, not {clock!r}"
+        )
+    first = clock()
+    if isinstance(first, int):
+        return clock  # type: ignore[return-value]
+    if not isinstance(first, float):
+        raise TypeError(
+            f"clock() returned {first!r}; it must return nanoseconds as an int or"
+            " seconds as a float"
+        )
+    return lambda: round(clock() * 1e9)
+
+
+def _attached(
+    name: str, lock_timeout: float, clock: Callable[[], float] | None
+) -> Cache:
+    return Cache.attach(name, lock_timeout=lock_timeout, clock=clock)
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _in_engine(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") == Slab.__module__
