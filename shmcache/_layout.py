@@ -247,6 +247,9 @@ def unpack_ttl(word: int) -> int:
     return (word & TTL_VALUE) * _TTL_UNITS[word >> 30]
 
 
+CHECKSUM_MIX = 0x9E37_79B1  # odd, so that all lengths of 32 bits differ
+
+
 def checksum(value: bytes, key_hash: int, tag: int) -> int:
     """32 bits that change when a value, its length, its tag or its key changes.
 
@@ -257,7 +260,7 @@ def checksum(value: bytes, key_hash: int, tag: int) -> int:
     """
     total = int.from_bytes(value, "little") % MASK64
     total ^= total >> 32
-    mixed = total ^ key_hash ^ ((len(value) * 0x9E37_79B1) & MASK32) ^ (tag << 28)
+    mixed = total ^ key_hash ^ ((len(value) * CHECKSUM_MIX) & MASK32) ^ (tag << 28)
     return mixed & MASK32
 
 

@@ -72,27 +72,33 @@ cdef extern from * nogil:
         return errno == EINTR ? -1 : 0;
     }
 
+    static inline shm_word shm_little(shm_word word)
+    {
+    #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        return __builtin_bswap64(word);
+    #else
+        return word;
+    #endif
+    }
+
     /* Sum of n bytes as little-endian 64-bit words modulo 2**64 - 1. */
     static inline shm_word shm_sum(const unsigned char *p, Py_ssize_t n)
     {
-        shm_word total = 0, word;
-        while (n >= 8) {
+        unsigned __int128 total = 0;
+        shm_word word, low, sum;
+        for (; n >= 8; n -= 8, p += 8) {
             memcpy(&word, p, 8);
-    #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-            word = __builtin_bswap64(word);
-    #endif
-            total += word;
-            total += total < word;
-            p += 8;
-            n -= 8;
+            total += shm_little(word);
         }
         if (n) {
             word = 0;
-            for (Py_ssize_t i = 0; i < n; i++) word |= (shm_word)p[i] << (8 * i);
-            total += word;
-            total += total < word;
+            memcpy(&word, p, (size_t)n);
+            total += shm_little(word);
         }
-        return total == ~0ull ? 0 : total;
+        low = (shm_word)total;
+        sum = low + (shm_word)(total >> 64);
+        sum += sum < low;
+        return sum == ~0ull ? 0 : sum;
     }
     """
     ctypedef unsigned long long shm_word

@@ -1,4 +1,5 @@
 # cython: language_level=3, auto_pickle=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False
 """The engine: everything that runs inside, or in place of, a shard's lock.
 
 One class, one compilation unit, because no Python code may run between taking a
@@ -41,12 +42,7 @@ from xxhash import xxh3_64_intdigest
 
 from shmcache import _layout as L
 from shmcache._codec import decode_tagged, encode_key
-from shmcache.errors import (
-    EntryTooLarge,
-    LockTimeout,
-    SegmentCorrupt,
-    UnsupportedValue,
-)
+from shmcache.errors import EntryTooLarge, LockTimeout, SegmentCorrupt, UnsupportedValue
 
 try:
     import cython
@@ -59,6 +55,7 @@ if cython.compiled:
         PyBytes_FromStringAndSize,
     )
     from cython.cimports.cpython.exc import PyErr_CheckSignals
+    from cython.cimports.cpython.unicode import PyUnicode_AsUTF8String
     from cython.cimports.shmcache._memory import (
         cas,
         load,
@@ -136,6 +133,7 @@ _NEVER = cython.declare(cython.ulonglong, L.NEVER)
 _MASK32 = cython.declare(cython.ulonglong, L.MASK32)
 _MASK64 = cython.declare(cython.ulonglong, L.MASK64)
 _MAX_KEY = cython.declare(cython.Py_ssize_t, L.MAX_KEY)
+_MIX = cython.declare(cython.ulonglong, L.CHECKSUM_MIX)
 _STAMP_SHIFT = cython.declare(cython.uint, L.STAMP_SHIFT)
 _TTL_VALUE = cython.declare(cython.ulonglong, L.TTL_VALUE)
 _MAX_TTL_NS = cython.declare(cython.ulonglong, L.MAX_TTL_NS)
@@ -175,9 +173,16 @@ _ATTEMPTS = cython.declare(cython.int, 8)
 _SPINS = cython.declare(cython.int, 40)
 # A sleeping waiter wakes this often to see whether the holder still lives.
 _LOOK_NS = cython.declare(cython.ulonglong, 25_000_000)
+# Stands for a dead worker that had not signed, or no longer; no token is so small.
+_UNKNOWN = cython.declare(cython.ulonglong, 1)
 
 
+_LONG = struct.Struct("<q")
 _DOUBLE = struct.Struct("<d")
+
+# Numbers of words and bytes, and the words themselves.
+Index = cython.typedef(cython.Py_ssize_t)
+Word = cython.typedef(cython.ulonglong)
 
 
 class _Missing:
@@ -224,6 +229,8 @@ def _key_bytes(key: object) -> object:
     # kind, bytes of the rarer kinds, and all refusals: _codec.encode_key
     if type(key) is str:
         try:
+            if cython.compiled:
+                return PyUnicode_AsUTF8String(key)
             return key.encode()
         except UnicodeEncodeError:
             return encode_key(key)[1]  # raises, with the remedy
@@ -245,7 +252,7 @@ def _key_kind(key: object) -> cython.uint:
 @cython.cfunc
 @cython.inline
 @cython.exceptval(check=False)
-def _pack_ttl(ns: cython.ulonglong) -> cython.uint:
+def _pack_ttl(ns: Word) -> cython.uint:
     # twin of _layout.pack_ttl
     unit: cython.uint = 0
     while ns > _TTL_VALUE:
@@ -257,8 +264,8 @@ def _pack_ttl(ns: cython.ulonglong) -> cython.uint:
 @cython.cfunc
 @cython.inline
 @cython.exceptval(check=False)
-def _unpack_ttl(word: cython.uint) -> cython.ulonglong:
-    ns: cython.ulonglong = word & _TTL_VALUE
+def _unpack_ttl(word: cython.uint) -> Word:
+    ns: Word = word & _TTL_VALUE
     unit: cython.uint = word >> 30
     while unit > 0:
         ns = ns * 1000
@@ -285,26 +292,26 @@ class Slab:
     touch_count: cython.uint[::1]
     capacity: cython.ulonglong[::1]
 
-    token: cython.ulonglong
-    row: cython.Py_ssize_t  # first 64-bit word of our worker row
-    shards: cython.ulonglong
-    shards8: cython.Py_ssize_t  # 64-bit word of shard 0
-    stride8: cython.Py_ssize_t
-    slots: cython.Py_ssize_t
-    blocks: cython.Py_ssize_t
+    token: Word
+    row: Index  # first 64-bit word of our worker row
+    shards: Word
+    shards8: Index  # 64-bit word of shard 0
+    stride8: Index
+    slots: Index
+    blocks: Index
     block_shift: cython.uint
-    block_size: cython.Py_ssize_t
-    buckets4: cython.Py_ssize_t  # 32-bit words from the shard's start
-    records8: cython.Py_ssize_t
-    links4: cython.Py_ssize_t
-    arena: cython.Py_ssize_t  # bytes from the shard's start
+    block_size: Index
+    buckets4: Index  # 32-bit words from the shard's start
+    records8: Index
+    links4: Index
+    arena: Index  # bytes from the shard's start
     sliding: cython.bint
     fast_tags: cython.bint
-    default_ttl: cython.ulonglong
-    jitter: cython.ulonglong  # parts per million
-    stamp_zero: cython.ulonglong
-    lock_timeout: cython.ulonglong
-    random: cython.ulonglong
+    default_ttl: Word
+    jitter: Word  # parts per million
+    stamp_zero: Word
+    lock_timeout: Word
+    random: Word
     has_news: cython.bint
     seeds: object
     codec: object
@@ -371,7 +378,7 @@ class Slab:
     def _open_semaphores(self, names: Any) -> None:
         """Open the shards' semaphores, which exist."""
         if cython.compiled:
-            i: cython.Py_ssize_t = 0
+            i: Index = 0
             for name in names:
                 encoded: bytes = name.encode()
                 self.sems[i] = sem_open(PyBytes_AS_STRING(encoded))
@@ -386,11 +393,12 @@ class Slab:
 
     def _close_semaphores(self) -> None:
         if cython.compiled:
-            i: cython.Py_ssize_t
-            for i in range(self.sems.shape[0]):
-                if self.sems[i]:
-                    sem_close(self.sems[i])
-                    self.sems[i] = 0
+            opened: cython.ulonglong[::1] = self.sems
+            self.sems = memoryview(array("Q"))
+            i: Index
+            for i in range(opened.shape[0]):
+                if opened[i]:
+                    sem_close(opened[i])
         else:
             for semaphore in self.pysems:
                 semaphore.close()
@@ -405,18 +413,22 @@ class Slab:
         self.owners = owners
         self.row = row
         self.random = seed | 1
-        i: cython.Py_ssize_t
+        i: Index
         for i in range(self.touch_count.shape[0]):
             self.touch_count[i] = 0
         self.token = token
 
     def _unbind(self) -> None:
-        """Let go of the views, so that the mapping can be closed."""
+        """Let go of the views, so that the mapping can be closed.
+
+        Empty ones take their place: should another thread be in the middle of a call
+        (in a codec or clock written in Python), its next step raises IndexError.
+        """
         self.token = 0
         self.guard = memoryview(array("Q", [1]))  # unequal to the token: closed
-        self.w64 = None
-        self.w32 = None
-        self.mem = None
+        self.w64 = memoryview(array("Q"))
+        self.w32 = memoryview(array("I"))
+        self.mem = memoryview(bytearray())
 
     def _enter_process(self) -> None:
         """Become a worker: at the first use in a process, and after a fork."""
@@ -424,7 +436,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _now(self) -> cython.ulonglong:
+    def _now(self) -> Word:
         if self.clock is not None:
             return self.clock()
         if cython.compiled:
@@ -434,20 +446,18 @@ class Slab:
     @cython.cfunc
     @cython.inline
     @cython.exceptval(check=False)
-    def _shard(self, h: cython.ulonglong) -> cython.Py_ssize_t:
-        return cython.cast(cython.Py_ssize_t, ((h >> 32) * self.shards) >> 32)
+    def _shard(self, h: Word) -> Index:
+        return cython.cast(Index, ((h >> 32) * self.shards) >> 32)
 
     @cython.cfunc
     @cython.inline
     @cython.exceptval(check=False)
-    def _base(self, s: cython.Py_ssize_t) -> cython.Py_ssize_t:
+    def _base(self, s: Index) -> Index:
         return self.shards8 + s * self.stride8
 
     @cython.cfunc
     @cython.inline
-    def _record(
-        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t
-    ) -> cython.Py_ssize_t:
+    def _record(self, b: Index, slot: Index) -> Index:
         # First 64-bit word of a record; 0 is the sentinel.
         if slot > self.slots:
             raise Corrupt("slot")
@@ -456,17 +466,15 @@ class Slab:
     @cython.cfunc
     @cython.inline
     @cython.exceptval(check=False)
-    def _bucket(self, b: cython.Py_ssize_t, h32: cython.ulonglong) -> cython.Py_ssize_t:
+    def _bucket(self, b: Index, h32: Word) -> Index:
         # 32-bit word of the bucket of a hash; multiply-shift instead of modulo
-        slots: cython.ulonglong = cython.cast(cython.ulonglong, self.slots)
-        index: cython.ulonglong = (h32 * slots) >> 32
-        return 2 * b + self.buckets4 + cython.cast(cython.Py_ssize_t, index)
+        slots: Word = cython.cast(Word, self.slots)
+        index: Word = (h32 * slots) >> 32
+        return 2 * b + self.buckets4 + cython.cast(Index, index)
 
     @cython.cfunc
     @cython.inline
-    def _block_at(
-        self, b: cython.Py_ssize_t, block: cython.Py_ssize_t
-    ) -> cython.Py_ssize_t:
+    def _block_at(self, b: Index, block: Index) -> Index:
         # First byte of a block.
         if block == 0 or block > self.blocks:
             raise Corrupt("block")
@@ -474,7 +482,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _put_word(self, i: cython.Py_ssize_t, value: cython.ulonglong) -> cython.void:
+    def _put_word(self, i: Index, value: Word) -> cython.void:
         # A 64-bit store that no other store overtakes, in either direction.
         if cython.compiled:
             store(cython.address(self.w64[i]), value)
@@ -485,28 +493,21 @@ class Slab:
     @cython.cfunc
     @cython.inline
     @cython.exceptval(check=False)
-    def _need(
-        self, key_len: cython.Py_ssize_t, value_len: cython.Py_ssize_t
-    ) -> cython.Py_ssize_t:
+    def _need(self, key_len: Index, value_len: Index) -> Index:
         # Blocks of an entry: at least one.
-        n: cython.Py_ssize_t = key_len + value_len
+        n: Index = key_len + value_len
         if n == 0:
             return 1
         return (n + self.block_size - 1) >> self.block_shift
 
     @cython.cfunc
     def _copy_in(
-        self,
-        b: cython.Py_ssize_t,
-        block: cython.Py_ssize_t,
-        offset: cython.Py_ssize_t,
-        data: bytes,
+        self, b: Index, block: Index, offset: Index, data: bytes
     ) -> cython.int:
         # Write bytes into a chain, from an offset on.
-        n: cython.Py_ssize_t = len(data)
-        done: cython.Py_ssize_t = 0
-        piece: cython.Py_ssize_t
-        at: cython.Py_ssize_t
+        n: Index = len(data)
+        done: Index = 0
+        cython.declare(piece=Index, at=Index)
         while offset >= self.block_size:
             offset -= self.block_size
             block = self.w32[2 * b + self.links4 + block]
@@ -528,19 +529,12 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _copy_out(
-        self,
-        b: cython.Py_ssize_t,
-        block: cython.Py_ssize_t,
-        offset: cython.Py_ssize_t,
-        n: cython.Py_ssize_t,
-    ) -> bytes:
+    def _copy_out(self, b: Index, block: Index, offset: Index, n: Index) -> bytes:
         # Bytes of a chain.  What a reader without the lock gets may be garbage, but
         # every index is checked and n, checked by the caller, bounds the walk.
-        at: cython.Py_ssize_t
-        done: cython.Py_ssize_t = 0
-        piece: cython.Py_ssize_t
-        following: cython.Py_ssize_t
+        at: Index
+        done: Index = 0
+        cython.declare(piece=Index, following=Index)
         while offset >= self.block_size:
             if block == 0 or block > self.blocks:
                 raise Corrupt("block")
@@ -580,15 +574,12 @@ class Slab:
         return b"".join(pieces)
 
     @cython.cfunc
-    def _same_key(
-        self, b: cython.Py_ssize_t, block: cython.Py_ssize_t, key: bytes
-    ) -> cython.bint:
-        n: cython.Py_ssize_t = len(key)
+    def _same_key(self, b: Index, block: Index, key: bytes) -> cython.bint:
+        n: Index = len(key)
         if not cython.compiled:
             return self._copy_out(b, block, 0, n) == key
-        done: cython.Py_ssize_t = 0
-        piece: cython.Py_ssize_t
-        at: cython.Py_ssize_t
+        done: Index = 0
+        cython.declare(piece=Index, at=Index)
         while True:
             at = self._block_at(b, block)
             piece = n - done
@@ -608,29 +599,25 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _checksum(
-        self, value: bytes, h: cython.ulonglong, tag: cython.uint
-    ) -> cython.uint:
+    def _checksum(self, value: bytes, h: Word, tag: cython.uint) -> cython.uint:
         if cython.compiled:
             # twin of _layout.checksum
-            n: cython.Py_ssize_t = len(value)
-            total: cython.ulonglong = sum_words(
+            n: Index = len(value)
+            total: Word = sum_words(
                 cython.cast("const unsigned char *", PyBytes_AS_STRING(value)), n
             )
             total ^= total >> 32
-            total ^= h ^ (cython.cast(cython.ulonglong, n) * 0x9E3779B1)
-            total ^= cython.cast(cython.ulonglong, tag) << 28
+            total ^= h ^ (cython.cast(Word, n) * _MIX)
+            total ^= cython.cast(Word, tag) << 28
             return cython.cast(cython.uint, total & _MASK32)
         return L.checksum(value, h & _MASK32, tag)
 
     # --- lists ----------------------------------------------------------------------
 
     @cython.cfunc
-    def _chain_insert(
-        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t, h32: cython.ulonglong
-    ) -> cython.int:
+    def _chain_insert(self, b: Index, slot: Index, h32: Word) -> cython.int:
         # At the head: of two records of one key a reader meets the newer one first.
-        head: cython.Py_ssize_t = self._bucket(b, h32)
+        head: Index = self._bucket(b, h32)
         self.w32[2 * self._record(b, slot) + _F_CHAIN] = self.w32[head]
         if cython.compiled:
             write_fence()
@@ -638,13 +625,11 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _chain_remove(
-        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t
-    ) -> cython.int:
-        r: cython.Py_ssize_t = 2 * self._record(b, slot)
-        at: cython.Py_ssize_t = self._bucket(b, self.w32[r + _F_HASH])
-        steps: cython.Py_ssize_t = 0
-        node: cython.Py_ssize_t = self.w32[at]
+    def _chain_remove(self, b: Index, slot: Index) -> cython.int:
+        r: Index = 2 * self._record(b, slot)
+        at: Index = self._bucket(b, self.w32[r + _F_HASH])
+        steps: Index = 0
+        node: Index = self.w32[at]
         while node != slot:
             steps += 1
             if node == 0 or steps > self.slots:
@@ -655,19 +640,19 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _lru_remove(self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.int:
-        r: cython.Py_ssize_t = 2 * self._record(b, slot)
-        before: cython.Py_ssize_t = self.w32[r + _F_LRU_PREV]
-        after: cython.Py_ssize_t = self.w32[r + _F_LRU_NEXT]
+    def _lru_remove(self, b: Index, slot: Index) -> cython.int:
+        r: Index = 2 * self._record(b, slot)
+        before: Index = self.w32[r + _F_LRU_PREV]
+        after: Index = self.w32[r + _F_LRU_NEXT]
         self.w32[2 * self._record(b, before) + _F_LRU_NEXT] = after
         self.w32[2 * self._record(b, after) + _F_LRU_PREV] = before
         return 0
 
     @cython.cfunc
-    def _lru_front(self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.int:
-        sentinel: cython.Py_ssize_t = 2 * self._record(b, 0)
-        r: cython.Py_ssize_t = 2 * self._record(b, slot)
-        first: cython.Py_ssize_t = self.w32[sentinel + _F_LRU_NEXT]
+    def _lru_front(self, b: Index, slot: Index) -> cython.int:
+        sentinel: Index = 2 * self._record(b, 0)
+        r: Index = 2 * self._record(b, slot)
+        first: Index = self.w32[sentinel + _F_LRU_NEXT]
         self.w32[r + _F_LRU_PREV] = 0
         self.w32[r + _F_LRU_NEXT] = first
         self.w32[2 * self._record(b, first) + _F_LRU_PREV] = slot
@@ -675,10 +660,10 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _lru_back(self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.int:
-        sentinel: cython.Py_ssize_t = 2 * self._record(b, 0)
-        r: cython.Py_ssize_t = 2 * self._record(b, slot)
-        last: cython.Py_ssize_t = self.w32[sentinel + _F_LRU_PREV]
+    def _lru_back(self, b: Index, slot: Index) -> cython.int:
+        sentinel: Index = 2 * self._record(b, 0)
+        r: Index = 2 * self._record(b, slot)
+        last: Index = self.w32[sentinel + _F_LRU_PREV]
         self.w32[r + _F_LRU_PREV] = last
         self.w32[r + _F_LRU_NEXT] = 0
         self.w32[2 * self._record(b, last) + _F_LRU_NEXT] = slot
@@ -686,34 +671,26 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _take_slot(self, b: cython.Py_ssize_t) -> cython.Py_ssize_t:
+    def _take_slot(self, b: Index) -> Index:
         # The slot freed last, which is still in the CPU's cache; then a fresh one.
-        slot: cython.Py_ssize_t = cython.cast(
-            cython.Py_ssize_t, self.w64[b + _S_FREE_SLOT]
-        )
+        slot: Index = cython.cast(Index, self.w64[b + _S_FREE_SLOT])
         if slot:
-            self.w64[b + _S_FREE_SLOT] = self.w32[
-                2 * self._record(b, slot) + _F_CHAIN
-            ]
+            self.w64[b + _S_FREE_SLOT] = self.w32[2 * self._record(b, slot) + _F_CHAIN]
             return slot
-        slot = cython.cast(cython.Py_ssize_t, self.w64[b + _S_FRESH_SLOT]) + 1
+        slot = cython.cast(Index, self.w64[b + _S_FRESH_SLOT]) + 1
         if slot > self.slots:
             raise Corrupt("slots")
         self.w64[b + _S_FRESH_SLOT] = slot
         return slot
 
     @cython.cfunc
-    def _take_blocks(
-        self, b: cython.Py_ssize_t, n: cython.Py_ssize_t
-    ) -> cython.Py_ssize_t:
+    def _take_blocks(self, b: Index, n: Index) -> Index:
         # A chain of n blocks, the last link 0; the caller has made sure of n.
-        links: cython.Py_ssize_t = 2 * b + self.links4
-        first: cython.Py_ssize_t = cython.cast(
-            cython.Py_ssize_t, self.w64[b + _S_FREE_BLOCK]
-        )
-        last: cython.Py_ssize_t = 0
-        got: cython.Py_ssize_t = 0
-        block: cython.Py_ssize_t = first
+        links: Index = 2 * b + self.links4
+        first: Index = cython.cast(Index, self.w64[b + _S_FREE_BLOCK])
+        last: Index = 0
+        got: Index = 0
+        block: Index = first
         while got < n and block:
             if block > self.blocks:
                 raise Corrupt("block")
@@ -722,7 +699,7 @@ class Slab:
             got += 1
         self.w64[b + _S_FREE_BLOCK] = block
         if got < n:
-            block = cython.cast(cython.Py_ssize_t, self.w64[b + _S_FRESH_BLOCK])
+            block = cython.cast(Index, self.w64[b + _S_FRESH_BLOCK])
             if block + n - got > self.blocks:
                 raise Corrupt("blocks")
             self.w64[b + _S_FRESH_BLOCK] = block + n - got
@@ -739,12 +716,10 @@ class Slab:
         return first
 
     @cython.cfunc
-    def _give_blocks(
-        self, b: cython.Py_ssize_t, first: cython.Py_ssize_t, n: cython.Py_ssize_t
-    ) -> cython.int:
-        links: cython.Py_ssize_t = 2 * b + self.links4
-        last: cython.Py_ssize_t = first
-        i: cython.Py_ssize_t
+    def _give_blocks(self, b: Index, first: Index, n: Index) -> cython.int:
+        links: Index = 2 * b + self.links4
+        last: Index = first
+        i: Index
         for i in range(n - 1):
             if last == 0 or last > self.blocks:
                 raise Corrupt("block")
@@ -752,7 +727,7 @@ class Slab:
         if last == 0 or last > self.blocks or first == 0 or first > self.blocks:
             raise Corrupt("block")
         self.w32[links + last] = cython.cast(cython.uint, self.w64[b + _S_FREE_BLOCK])
-        if self.w64[b + _S_BLOCKS_USED] < cython.cast(cython.ulonglong, n):
+        if self.w64[b + _S_BLOCKS_USED] < cython.cast(Word, n):
             raise Corrupt("blocks")
         self.w64[b + _S_FREE_BLOCK] = first
         self.w64[b + _S_BLOCKS_USED] -= n
@@ -760,10 +735,8 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _blocks_left(self, b: cython.Py_ssize_t) -> cython.Py_ssize_t:
-        return self.blocks - cython.cast(
-            cython.Py_ssize_t, self.w64[b + _S_BLOCKS_USED]
-        )
+    def _blocks_left(self, b: Index) -> Index:
+        return self.blocks - cython.cast(Index, self.w64[b + _S_BLOCKS_USED])
 
     # --- timer wheel ----------------------------------------------------------------
     #
@@ -781,55 +754,49 @@ class Slab:
 
     @cython.cfunc
     def _wheel_insert(
-        self,
-        b: cython.Py_ssize_t,
-        slot: cython.Py_ssize_t,
-        expires: cython.ulonglong,
-        now: cython.ulonglong,
+        self, b: Index, slot: Index, expires: Word, now: Word
     ) -> cython.int:
-        due: cython.ulonglong = self.w64[b + _S_DUE]
+        due: Word = self.w64[b + _S_DUE]
         if due == 0 or due == _NEVER:
             # Nothing else is in the wheel: it may stand at the present.
             self.w64[b + _S_TICK] = now >> _WHEEL_TICK_BITS
             due = _NEVER
-        tick: cython.ulonglong = self.w64[b + _S_TICK]
-        t: cython.ulonglong = expires >> _WHEEL_TICK_BITS
+        tick: Word = self.w64[b + _S_TICK]
+        t: Word = expires >> _WHEEL_TICK_BITS
         if t < tick:
             t = tick
-        differ: cython.ulonglong = t ^ tick
-        level: cython.Py_ssize_t = 0
+        differ: Word = t ^ tick
+        level: Index = 0
         while differ >= 64 and level < _WHEEL_LEVELS - 1:
             differ >>= 6
             level += 1
-        index: cython.Py_ssize_t = cython.cast(
-            cython.Py_ssize_t, (t >> cython.cast(cython.uint, 6 * level)) & 63
+        index: Index = cython.cast(
+            Index, (t >> cython.cast(cython.uint, 6 * level)) & 63
         )
-        number: cython.Py_ssize_t = level * 64 + index
-        head: cython.Py_ssize_t = 2 * (b + _S_WHEEL_HEADS) + number
-        first: cython.Py_ssize_t = self.w32[head]
-        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        number: Index = level * 64 + index
+        head: Index = 2 * (b + _S_WHEEL_HEADS) + number
+        first: Index = self.w32[head]
+        r: Index = 2 * self._record(b, slot)
         self.w32[r + _F_WHEEL_PREV] = _WHEEL_FIRST | number
         self.w32[r + _F_WHEEL_NEXT] = first
         if first:
             self.w32[2 * self._record(b, first) + _F_WHEEL_PREV] = slot
         self.w32[head] = slot
-        self.w64[b + _S_WHEEL_BITS + level] |= cython.cast(
-            cython.ulonglong, 1
-        ) << cython.cast(cython.uint, index)
+        self.w64[b + _S_WHEEL_BITS + level] |= cython.cast(Word, 1) << cython.cast(
+            cython.uint, index
+        )
         if expires < due:
             self.w64[b + _S_DUE] = expires
         return 0
 
     @cython.cfunc
-    def _wheel_remove(
-        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t
-    ) -> cython.int:
-        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+    def _wheel_remove(self, b: Index, slot: Index) -> cython.int:
+        r: Index = 2 * self._record(b, slot)
         before: cython.uint = self.w32[r + _F_WHEEL_PREV]
         if before == 0:
             return 0  # never expires
-        after: cython.Py_ssize_t = self.w32[r + _F_WHEEL_NEXT]
-        number: cython.Py_ssize_t
+        after: Index = self.w32[r + _F_WHEEL_NEXT]
+        number: Index
         if before & _WHEEL_FIRST:
             number = before & ~_WHEEL_FIRST
             if number >= 64 * _WHEEL_LEVELS:
@@ -837,8 +804,7 @@ class Slab:
             self.w32[2 * (b + _S_WHEEL_HEADS) + number] = after
             if after == 0:
                 self.w64[b + _S_WHEEL_BITS + (number >> 6)] &= ~(
-                    cython.cast(cython.ulonglong, 1)
-                    << cython.cast(cython.uint, number & 63)
+                    cython.cast(Word, 1) << cython.cast(cython.uint, number & 63)
                 )
         else:
             self.w32[2 * self._record(b, before) + _F_WHEEL_NEXT] = after
@@ -849,14 +815,13 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _wheel_next(self, b: cython.Py_ssize_t) -> cython.Py_ssize_t:
+    def _wheel_next(self, b: Index) -> Index:
         # Number of the list that is due first, or -2 when the wheel is empty.  A list
         # of a higher level whose time has begun (its spreading was interrupted) comes
         # before all others.
-        tick: cython.ulonglong = self.w64[b + _S_TICK]
-        level: cython.Py_ssize_t = _WHEEL_LEVELS - 1
-        bits: cython.ulonglong
-        digit: cython.uint
+        tick: Word = self.w64[b + _S_TICK]
+        level: Index = _WHEEL_LEVELS - 1
+        cython.declare(bits=Word, digit=cython.uint)
         while level > 0:
             digit = cython.cast(
                 cython.uint, (tick >> cython.cast(cython.uint, 6 * level)) & 63
@@ -873,23 +838,20 @@ class Slab:
         return -2
 
     @cython.cfunc
-    def _reclaim(
-        self,
-        b: cython.Py_ssize_t,
-        now: cython.ulonglong,
-        limit: cython.Py_ssize_t,
-    ) -> cython.Py_ssize_t:
+    def _reclaim(self, b: Index, now: Word, limit: Index) -> Index:
         # Retire what has expired; at most limit entries are looked at.
-        removed: cython.Py_ssize_t = 0
-        target: cython.ulonglong = now >> _WHEEL_TICK_BITS
-        tick: cython.ulonglong
-        start: cython.ulonglong
-        later: cython.ulonglong
-        expires: cython.ulonglong
-        number: cython.Py_ssize_t
-        slot: cython.Py_ssize_t
-        after: cython.Py_ssize_t
-        shift: cython.uint
+        removed: Index = 0
+        target: Word = now >> _WHEEL_TICK_BITS
+        cython.declare(
+            tick=Word,
+            start=Word,
+            later=Word,
+            expires=Word,
+            number=Index,
+            slot=Index,
+            after=Index,
+            shift=cython.uint,
+        )
         while limit > 0:
             tick = self.w64[b + _S_TICK]
             number = self._wheel_next(b)
@@ -898,7 +860,7 @@ class Slab:
                 return removed
             shift = cython.cast(cython.uint, 6 * (number >> 6))
             start = ((tick >> (shift + 6)) << (shift + 6)) | (
-                cython.cast(cython.ulonglong, number & 63) << shift
+                cython.cast(Word, number & 63) << shift
             )
             if start > target:
                 self.w64[b + _S_DUE] = start << _WHEEL_TICK_BITS
@@ -933,18 +895,12 @@ class Slab:
     # --- entries --------------------------------------------------------------------
 
     @cython.cfunc
-    def _find(
-        self,
-        b: cython.Py_ssize_t,
-        h32: cython.ulonglong,
-        kind: cython.uint,
-        key: bytes,
-    ) -> cython.Py_ssize_t:
+    def _find(self, b: Index, h32: Word, kind: cython.uint, key: bytes) -> Index:
         # The slot of a key, or 0.  The caller holds the lock.
-        slot: cython.Py_ssize_t = self.w32[self._bucket(b, h32)]
+        slot: Index = self.w32[self._bucket(b, h32)]
         want: cython.uint = cython.cast(cython.uint, len(key)) | kind << 16
-        r: cython.Py_ssize_t
-        steps: cython.Py_ssize_t = 0
+        r: Index
+        steps: Index = 0
         while slot:
             r = 2 * self._record(b, slot)
             if (
@@ -960,15 +916,10 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _retire(
-        self,
-        b: cython.Py_ssize_t,
-        slot: cython.Py_ssize_t,
-        cause: cython.Py_ssize_t,
-    ) -> cython.int:
+    def _retire(self, b: Index, slot: Index, cause: Index) -> cython.int:
         # Take an entry out: its version first, then all that refers to it.
-        v: cython.Py_ssize_t = self._record(b, slot)
-        r: cython.Py_ssize_t = 2 * v
+        v: Index = self._record(b, slot)
+        r: Index = 2 * v
         if not self.w64[v] & 1:
             raise Corrupt("version")
         self._put_word(v, self.w64[v] - 1)
@@ -976,9 +927,7 @@ class Slab:
         self._lru_remove(b, slot)
         self._wheel_remove(b, slot)
         meta: cython.uint = self.w32[r + _F_META]
-        need: cython.Py_ssize_t = self._need(
-            meta & _MAX_KEY, self.w32[r + _F_VALUE_LEN]
-        )
+        need: Index = self._need(meta & _MAX_KEY, self.w32[r + _F_VALUE_LEN])
         if need > self.blocks or self.w64[b + _S_ENTRIES] == 0:
             raise Corrupt("length")
         self._give_blocks(b, self.w32[r + _F_BLOCK], need)
@@ -991,12 +940,7 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _evict(
-        self,
-        b: cython.Py_ssize_t,
-        now: cython.ulonglong,
-        keep: cython.Py_ssize_t,
-    ) -> cython.bint:
+    def _evict(self, b: Index, now: Word, keep: Index) -> cython.bint:
         # Make room by one entry at least: expired ones first, then the least recently
         # used that is not ``keep``.  False when there is none.
         rounds: cython.int = 0
@@ -1004,7 +948,7 @@ class Slab:
             if self._reclaim(b, now, 64):
                 return True
             rounds += 1
-        slot: cython.Py_ssize_t = self.w32[2 * self._record(b, 0) + _F_LRU_PREV]
+        slot: Index = self.w32[2 * self._record(b, 0) + _F_LRU_PREV]
         if slot == keep and slot:
             slot = self.w32[2 * self._record(b, slot) + _F_LRU_PREV]
         if slot == 0:
@@ -1015,22 +959,22 @@ class Slab:
     @cython.cfunc
     def _store(
         self,
-        s: cython.Py_ssize_t,
-        b: cython.Py_ssize_t,
-        old: cython.Py_ssize_t,
-        h: cython.ulonglong,
+        s: Index,
+        b: Index,
+        old: Index,
+        h: Word,
         kind: cython.uint,
         key: bytes,
         tag: cython.uint,
         value: bytes,
-        expires: cython.ulonglong,
+        expires: Word,
         ttl: cython.uint,
-        now: cython.ulonglong,
-    ) -> cython.ulonglong:
+        now: Word,
+    ) -> Word:
         # A new record for the key, in place of ``old`` if that is not 0; its version.
-        key_len: cython.Py_ssize_t = len(key)
-        value_len: cython.Py_ssize_t = len(value)
-        need: cython.Py_ssize_t = self._need(key_len, value_len)
+        key_len: Index = len(key)
+        value_len: Index = len(value)
+        need: Index = self._need(key_len, value_len)
         if old == 0:
             while self.w64[b + _S_ENTRIES] >= self.capacity[s]:
                 if not self._evict(b, now, 0):
@@ -1042,13 +986,13 @@ class Slab:
                 # Old and new do not fit together: for an instant there is neither.
                 self._retire(b, old, _REPLACED)
                 old = 0
-        slot: cython.Py_ssize_t = self._take_slot(b)
-        first: cython.Py_ssize_t = self._take_blocks(b, need)
+        slot: Index = self._take_slot(b)
+        first: Index = self._take_blocks(b, need)
         self._copy_in(b, first, 0, key)
         self._copy_in(b, first, key_len, value)
-        v: cython.Py_ssize_t = self._record(b, slot)
-        r: cython.Py_ssize_t = 2 * v
-        h32: cython.ulonglong = h & _MASK32
+        v: Index = self._record(b, slot)
+        r: Index = 2 * v
+        h32: Word = h & _MASK32
         self.w64[v + 1] = expires
         self.w32[r + _F_HASH] = cython.cast(cython.uint, h32)
         self.w32[r + _F_BLOCK] = first
@@ -1063,9 +1007,9 @@ class Slab:
         self.w32[r + _F_CHECKSUM] = self._checksum(value, h32, tag)
         self.w32[r + _F_WHEEL_PREV] = 0
         self.w32[r + _F_WHEEL_NEXT] = 0
-        sequence: cython.ulonglong = self.w64[b + _S_SEQUENCE] + 1
+        sequence: Word = self.w64[b + _S_SEQUENCE] + 1
         self.w64[b + _S_SEQUENCE] = sequence
-        version: cython.ulonglong = sequence << 1 | 1
+        version: Word = sequence << 1 | 1
         self._put_word(v, version)
         self._chain_insert(b, slot, h32)
         self._lru_front(b, slot)
@@ -1091,28 +1035,23 @@ class Slab:
     # the most recently used on, so that a second repair still finds that end.
 
     @cython.cfunc
-    def _sound(
-        self,
-        b: cython.Py_ssize_t,
-        slot: cython.Py_ssize_t,
-        claimed: cython.uchar[::1],
-    ) -> cython.bint:
+    def _sound(self, b: Index, slot: Index, claimed: cython.uchar[::1]) -> cython.bint:
         # Whether a live record can be kept; claims its blocks if so.
-        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        r: Index = 2 * self._record(b, slot)
         meta: cython.uint = self.w32[r + _F_META]
-        key_len: cython.Py_ssize_t = meta & _MAX_KEY
+        key_len: Index = meta & _MAX_KEY
         kind: cython.uint = (meta >> 16) & 15
         tag: cython.uint = (meta >> _META_TAG_SHIFT) & 15
-        value_len: cython.Py_ssize_t = self.w32[r + _F_VALUE_LEN]
+        value_len: Index = self.w32[r + _F_VALUE_LEN]
         if kind < 1 or kind > 4 or tag > 7:
             return False
-        need: cython.Py_ssize_t = self._need(key_len, value_len)
+        need: Index = self._need(key_len, value_len)
         if need > self.blocks:
             return False
-        links: cython.Py_ssize_t = 2 * b + self.links4
-        first: cython.Py_ssize_t = self.w32[r + _F_BLOCK]
-        block: cython.Py_ssize_t = first
-        got: cython.Py_ssize_t = 0
+        links: Index = 2 * b + self.links4
+        first: Index = self.w32[r + _F_BLOCK]
+        block: Index = first
+        got: Index = 0
         good: cython.bint = True
         while got < need:
             if block == 0 or block > self.blocks or claimed[block]:
@@ -1125,13 +1064,12 @@ class Slab:
             good = False
         if good:
             key: bytes = self._copy_out(b, first, 0, key_len)
-            h: cython.ulonglong = xxh3_64_intdigest(key, self.seeds[kind])
+            h: Word = xxh3_64_intdigest(key, self.seeds[kind])
             value: bytes = self._copy_out(b, first, key_len, value_len)
             good = (
                 self._base(self._shard(h)) == b
                 and self.w32[r + _F_HASH] == h & _MASK32
-                and self.w32[r + _F_CHECKSUM]
-                == self._checksum(value, h & _MASK32, tag)
+                and self.w32[r + _F_CHECKSUM] == self._checksum(value, h & _MASK32, tag)
             )
         if not good:
             block = first
@@ -1142,24 +1080,21 @@ class Slab:
         return good
 
     @cython.cfunc
-    def _rebuild(self, b: cython.Py_ssize_t) -> cython.Py_ssize_t:
+    def _rebuild(self, b: Index) -> Index:
         # Repair a shard whose lock we hold; how many entries were given up.  A clock
         # of the user's is Python code, so the wheel's own time stands in for it.
-        now: cython.ulonglong = self.w64[b + _S_TICK] << _WHEEL_TICK_BITS & _MASK64
+        now: Word = self.w64[b + _S_TICK] << _WHEEL_TICK_BITS & _MASK64
         if self.clock is None:
             now = self._now()
-        slots: cython.Py_ssize_t = self.slots
+        slots: Index = self.slots
         claimed: cython.uchar[::1] = bytearray(self.blocks + 1)
         state: cython.uchar[::1] = bytearray(slots + 1)  # 1 live and sound, 2 in order
         order: cython.uint[::1] = memoryview(array("I", bytes(4 * (slots + 1))))
-        dropped: cython.Py_ssize_t = 0
-        fresh: cython.Py_ssize_t = 0
-        count: cython.Py_ssize_t = 0
-        sequence: cython.ulonglong = 0
-        slot: cython.Py_ssize_t
-        other: cython.Py_ssize_t
-        v: cython.Py_ssize_t
-        i: cython.Py_ssize_t
+        dropped: Index = 0
+        fresh: Index = 0
+        count: Index = 0
+        sequence: Word = 0
+        cython.declare(slot=Index, other=Index, v=Index, i=Index)
         for slot in range(1, slots + 1):
             v = self._record(b, slot)
             if self.w64[v] == 0:
@@ -1183,7 +1118,7 @@ class Slab:
             order[count] = slot
             count += 1
             slot = self.w32[2 * self._record(b, slot) + _F_LRU_NEXT]
-        tail: cython.Py_ssize_t = slots + 1
+        tail: Index = slots + 1
         slot = self.w32[2 * self._record(b, 0) + _F_LRU_PREV]
         while 0 < slot <= slots and state[slot] == 1 and tail > count + 1:
             state[slot] = 2
@@ -1207,8 +1142,8 @@ class Slab:
         self.w64[b + _S_DUE] = _NEVER
         self.w32[2 * self._record(b, 0) + _F_LRU_NEXT] = 0
         self.w32[2 * self._record(b, 0) + _F_LRU_PREV] = 0
-        used: cython.Py_ssize_t = 0
-        entries: cython.Py_ssize_t = 0
+        used: Index = 0
+        entries: Index = 0
         for i in range(count):
             slot = order[i]
             other = self._twin(b, slot)
@@ -1261,30 +1196,23 @@ class Slab:
         return dropped
 
     @cython.cfunc
-    def _twin(
-        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t
-    ) -> cython.Py_ssize_t:
+    def _twin(self, b: Index, slot: Index) -> Index:
         # Another record of the same key that is in its bucket already, or 0.
-        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        r: Index = 2 * self._record(b, slot)
         meta: cython.uint = self.w32[r + _F_META]
         key: bytes = self._copy_out(b, self.w32[r + _F_BLOCK], 0, meta & _MAX_KEY)
         return self._find(b, self.w32[r + _F_HASH], (meta >> 16) & 15, key)
 
     @cython.cfunc
-    def _unclaim(
-        self,
-        b: cython.Py_ssize_t,
-        slot: cython.Py_ssize_t,
-        claimed: cython.uchar[::1],
-    ) -> cython.Py_ssize_t:
+    def _unclaim(self, b: Index, slot: Index, claimed: cython.uchar[::1]) -> Index:
         # Give up a sound record during repair; the number of its blocks.
-        v: cython.Py_ssize_t = self._record(b, slot)
+        v: Index = self._record(b, slot)
         self._put_word(v, self.w64[v] - 1)
-        need: cython.Py_ssize_t = self._need(
+        need: Index = self._need(
             self.w32[2 * v + _F_META] & _MAX_KEY, self.w32[2 * v + _F_VALUE_LEN]
         )
-        block: cython.Py_ssize_t = self.w32[2 * v + _F_BLOCK]
-        i: cython.Py_ssize_t
+        block: Index = self.w32[2 * v + _F_BLOCK]
+        i: Index
         for i in range(need):
             claimed[block] = 0
             block = self.w32[2 * b + self.links4 + block]
@@ -1300,17 +1228,17 @@ class Slab:
     # kernel has dropped the holder's lease, the waiter puts its own token in the dead
     # one's place - the permit passes on - and repairs the shard if EPOCH is odd.
     # Death in the gap between permit and HOLDER, on the way in or out, loses the permit:
-    # HOLDER is 0 and TURNS stands still.  A waiter that sees this twice posts a new
-    # permit.  Should the old one turn up after all (its taker was only stopped), two
-    # processes come with permits; the one that finds HOLDER taken drops its own and
-    # queues up again.  So exclusion rests on HOLDER alone, and a spare permit is
-    # harmless.
+    # HOLDER is 0 and TURNS stands still.  A waiter that sees this twice goes in without
+    # a permit, and so brings one back when it comes out.  Should the old one turn up
+    # after all (its taker was only stopped), two processes come with permits; the one
+    # that finds HOLDER taken drops its own and queues up again.  So exclusion rests on
+    # HOLDER alone, and a spare permit is harmless.
     # The interpreted engine has no compare-and-swap; it looks and then stores, which
     # only a spare permit can make unsafe.
 
     @cython.cfunc
     @cython.inline
-    def _try_acquire(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.bint:
+    def _try_acquire(self, s: Index, b: Index) -> cython.bint:
         if cython.compiled:
             if not sem_try(self.sems[s]):
                 return False
@@ -1335,7 +1263,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _acquire(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.int:
+    def _acquire(self, s: Index, b: Index) -> cython.int:
         if not self._try_acquire(s, b):
             self._wait(s, b)
         if self.w64[b + _S_EPOCH] & 1:
@@ -1343,14 +1271,14 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _wait(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.int:
+    def _wait(self, s: Index, b: Index) -> cython.int:
         # The slow way in: spin a little, then sleep; from time to time look who holds.
-        started: cython.ulonglong = monotonic_ns()
-        now: cython.ulonglong = started
-        holder: cython.ulonglong
-        last_holder: cython.ulonglong = 1
-        turns: cython.ulonglong = 0
-        last_turns: cython.ulonglong = 0
+        started: Word = monotonic_ns()
+        now: Word = started
+        holder: Word
+        last_holder: Word = 1
+        turns: Word = 0
+        last_turns: Word = 0
         got: cython.int = 0
         spins: cython.int
         if cython.compiled:
@@ -1363,7 +1291,7 @@ class Slab:
             self._check_reentry(s)
         while True:
             if cython.compiled:
-                sem: cython.ulonglong = self.sems[s]
+                sem: Word = self.sems[s]
                 with cython.nogil:
                     got = sem_wait(sem, _LOOK_NS)
                 if got < 0:
@@ -1395,8 +1323,15 @@ class Slab:
                     if self._take_over(s, b, holder):
                         self._mend(s, b, holder)
                         return self._waited(b, started)
-                elif holder == 0 and last_holder == 0 and turns == last_turns:
-                    self._restore_permit(s)
+                elif (
+                    holder == 0
+                    and last_holder == 0
+                    and turns == last_turns
+                    and self._permit_is_gone(s)
+                    and self._take_over(s, b, 0)
+                ):
+                    self._mend(s, b, _UNKNOWN)
+                    return self._waited(b, started)
                 last_holder = holder
                 last_turns = turns
             now = monotonic_ns()
@@ -1406,16 +1341,14 @@ class Slab:
                 raise LockTimeout(self._describe_wait(s, holder, now - started))
 
     @cython.cfunc
-    def _waited(
-        self, b: cython.Py_ssize_t, started: cython.ulonglong
-    ) -> cython.int:
+    def _waited(self, b: Index, started: Word) -> cython.int:
         self.w64[b + _S_LOCK_WAITS] += 1
         self.w64[b + _S_LOCK_WAIT_NS] += monotonic_ns() - started
         return 0
 
     @cython.cfunc
     @cython.inline
-    def _post(self, s: cython.Py_ssize_t) -> cython.void:
+    def _post(self, s: Index) -> cython.void:
         if cython.compiled:
             sem_post(self.sems[s])
         else:
@@ -1423,16 +1356,14 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _release(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.void:
+    def _release(self, s: Index, b: Index) -> cython.void:
         self._put_word(b + _S_HOLDER, 0)
         self._post(s)
         if self.has_news:
             self._tell()
 
     @cython.cfunc
-    def _take_over(
-        self, s: cython.Py_ssize_t, b: cython.Py_ssize_t, dead: cython.ulonglong
-    ) -> cython.bint:
+    def _take_over(self, s: Index, b: Index, dead: Word) -> cython.bint:
         if cython.compiled:
             if not cas(cython.address(self.w64[b + _S_HOLDER]), dead, self.token):
                 return False
@@ -1447,13 +1378,11 @@ class Slab:
             return True
 
     @cython.cfunc
-    def _mend(
-        self, s: cython.Py_ssize_t, b: cython.Py_ssize_t, dead: cython.ulonglong
-    ) -> cython.int:
+    def _mend(self, s: Index, b: Index, dead: Word) -> cython.int:
         # With the lock held: repair what a holder left half done, and note the facts.
-        started: cython.ulonglong = monotonic_ns()
+        started: Word = monotonic_ns()
         torn: cython.bint = self.w64[b + _S_EPOCH] & 1
-        dropped: cython.Py_ssize_t = 0
+        dropped: Index = 0
         collecting: cython.bint = gc.isenabled()
         gc.disable()  # no finalizers while the lock is held
         try:
@@ -1473,7 +1402,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _begin(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.int:
+    def _begin(self, s: Index, b: Index) -> cython.int:
         # Enter the write section.
         self._acquire(s, b)
         self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
@@ -1483,14 +1412,12 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _end(self, s: cython.Py_ssize_t, b: cython.Py_ssize_t) -> cython.void:
+    def _end(self, s: Index, b: Index) -> cython.void:
         self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
         self._release(s, b)
 
     @cython.cfunc
-    def _abort(
-        self, s: cython.Py_ssize_t, b: cython.Py_ssize_t, error: object
-    ) -> cython.int:
+    def _abort(self, s: Index, b: Index, error: object) -> cython.int:
         # Leave the write section after an exception; raises if that was damage: an
         # index out of bounds, or a number that an interpreted view cannot hold.
         damage: cython.bint = isinstance(error, IndexError) or (
@@ -1515,7 +1442,7 @@ class Slab:
     def _recovery_lock(self, s: int) -> Any:
         raise NotImplementedError
 
-    def _restore_permit(self, s: int) -> None:
+    def _permit_is_gone(self, s: int) -> bool:
         raise NotImplementedError
 
     def _check_reentry(self, s: int) -> None:
@@ -1547,26 +1474,26 @@ class Slab:
         # The value of a key, or MISSING.
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
-        s: cython.Py_ssize_t = self._shard(h)
-        b: cython.Py_ssize_t = self._base(s)
+        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        s: Index = self._shard(h)
+        b: Index = self._base(s)
         if not cython.compiled:
             return self._locked_lookup(s, b, h, kind, kb, how)
-        h32: cython.ulonglong = h & _MASK32
-        head: cython.Py_ssize_t = self._bucket(b, h32)
+        h32: Word = h & _MASK32
+        head: Index = self._bucket(b, h32)
         want: cython.uint = cython.cast(cython.uint, len(kb)) | kind << 16
-        attempt: cython.int
-        epoch: cython.ulonglong
-        version: cython.ulonglong
-        expires: cython.ulonglong
-        slot: cython.Py_ssize_t
-        v: cython.Py_ssize_t = 0
-        r: cython.Py_ssize_t
-        steps: cython.Py_ssize_t
-        value_len: cython.Py_ssize_t
-        meta: cython.uint
-        tag: cython.uint
-        block: cython.Py_ssize_t
+        cython.declare(
+            attempt=cython.int, epoch=Word, version=Word, expires=Word, slot=Index
+        )
+        v: Index = 0
+        cython.declare(
+            r=Index,
+            steps=Index,
+            value_len=Index,
+            meta=cython.uint,
+            tag=cython.uint,
+            block=Index,
+        )
         data: bytes
         found: cython.bint
         try:
@@ -1637,15 +1564,12 @@ class Slab:
         return self._locked_lookup(s, b, h, kind, kb, how)
 
     @cython.cfunc
-    def _still_good(
-        self, v: cython.Py_ssize_t, expires: cython.ulonglong, how: cython.int
-    ) -> cython.bint:
+    def _still_good(self, v: Index, expires: Word, how: cython.int) -> cython.bint:
         # Whether an entry with an expiry lives; in a sliding cache a use renews it.
-        now: cython.ulonglong = self._now()
+        now: Word = self._now()
         if expires <= now:
             return False
-        ttl: cython.uint
-        later: cython.ulonglong
+        cython.declare(ttl=cython.uint, later=Word)
         if self.sliding and how == _USE:
             ttl = self.w32[2 * v + _F_TTL]
             later = now + _unpack_ttl(ttl)
@@ -1664,13 +1588,13 @@ class Slab:
         # The same under the lock; what has expired leaves on this occasion.
         tag: cython.uint = 0
         data: bytes = b""
-        now: cython.ulonglong = self._now()
-        bb: cython.Py_ssize_t = b
+        now: Word = self._now()
+        bb: Index = b
         self._begin(s, bb)
         try:
-            slot: cython.Py_ssize_t = self._find(bb, h & _MASK32, kind, kb)
+            slot: Index = self._find(bb, h & _MASK32, kind, kb)
             if slot:
-                v: cython.Py_ssize_t = self._record(bb, slot)
+                v: Index = self._record(bb, slot)
                 tag = (self.w32[2 * v + _F_META] >> _META_TAG_SHIFT) & 15
                 if self.w64[v + 1] <= now:
                     self._retire(bb, slot, _EXPIRED)
@@ -1693,13 +1617,11 @@ class Slab:
         return decode_tagged(self.codec, tag, data)
 
     @cython.cfunc
-    def _value(
-        self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t, h: cython.ulonglong
-    ) -> bytes:
+    def _value(self, b: Index, slot: Index, h: Word) -> bytes:
         # A live entry's bytes, under the lock; their checksum must agree.
-        r: cython.Py_ssize_t = 2 * self._record(b, slot)
+        r: Index = 2 * self._record(b, slot)
         meta: cython.uint = self.w32[r + _F_META]
-        value_len: cython.Py_ssize_t = self.w32[r + _F_VALUE_LEN]
+        value_len: Index = self.w32[r + _F_VALUE_LEN]
         if self._need(meta & _MAX_KEY, value_len) > self.blocks:
             raise Corrupt("length")
         data: bytes = self._copy_out(
@@ -1712,25 +1634,31 @@ class Slab:
         return data
 
     @cython.cfunc
-    def _use(self, b: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.int:
-        self.w32[2 * self._record(b, slot) + _F_META] |= _META_FETCHED
-        if self.w32[2 * self._record(b, 0) + _F_LRU_NEXT] != slot:
-            self._lru_remove(b, slot)
-            self._lru_front(b, slot)
+    def _use(self, b: Index, slot: Index) -> cython.int:
+        # Make an entry the most recently used.
+        r: Index = 2 * self._record(b, slot)
+        sentinel: Index = 2 * (b + self.records8)
+        before: Index = self.w32[r + _F_LRU_PREV]
+        if not self.w32[r + _F_META] & _META_FETCHED:
+            self.w32[r + _F_META] |= _META_FETCHED
+        if before == 0:
+            return 0
+        after: Index = self.w32[r + _F_LRU_NEXT]
+        first: Index = self.w32[sentinel + _F_LRU_NEXT]
+        self.w32[2 * self._record(b, before) + _F_LRU_NEXT] = after
+        self.w32[2 * self._record(b, after) + _F_LRU_PREV] = before
+        self.w32[r + _F_LRU_PREV] = 0
+        self.w32[r + _F_LRU_NEXT] = first
+        self.w32[2 * self._record(b, first) + _F_LRU_PREV] = slot
+        self.w32[sentinel + _F_LRU_NEXT] = slot
         return 0
 
     @cython.cfunc
-    def _note(
-        self,
-        s: cython.Py_ssize_t,
-        b: cython.Py_ssize_t,
-        slot: cython.Py_ssize_t,
-        version: cython.ulonglong,
-    ) -> cython.int:
+    def _note(self, s: Index, b: Index, slot: Index, version: Word) -> cython.int:
         # Remember a hit; when the buffer is full apply it, or forget its older half.
-        at: cython.Py_ssize_t = s * _TOUCHES
-        n: cython.Py_ssize_t = self.touch_count[s]
-        i: cython.Py_ssize_t
+        at: Index = s * _TOUCHES
+        n: Index = self.touch_count[s]
+        i: Index
         if n and self.touch_version[at + n - 1] == version:
             return 0
         if n == _TOUCHES:
@@ -1756,14 +1684,10 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _apply_touches(
-        self, s: cython.Py_ssize_t, b: cython.Py_ssize_t
-    ) -> cython.int:
-        at: cython.Py_ssize_t = s * _TOUCHES
-        n: cython.Py_ssize_t = self.touch_count[s]
-        i: cython.Py_ssize_t
-        r: cython.Py_ssize_t
-        slot: cython.Py_ssize_t
+    def _apply_touches(self, s: Index, b: Index) -> cython.int:
+        at: Index = s * _TOUCHES
+        n: Index = self.touch_count[s]
+        cython.declare(i=Index, r=Index, slot=Index)
         self.touch_count[s] = 0
         if cython.compiled and n > 4:
             # The records are all over the slab: have their lines fetched side by side.
@@ -1784,7 +1708,7 @@ class Slab:
 
     def _flush_touches(self) -> None:
         """Apply this process's noted hits to the LRU rings."""
-        s: cython.Py_ssize_t
+        s: Index
         for s in range(self.touch_count.shape[0]):
             if self.touch_count[s]:
                 self._step(s, 0)
@@ -1793,7 +1717,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _ttl(self, ttl: object) -> cython.ulonglong:
+    def _ttl(self, ttl: object) -> Word:
         # ns, 0 for "never"; an Ellipsis, as in the signatures, is "left out".
         if ttl is ...:
             return self.default_ttl
@@ -1803,34 +1727,29 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _shorten(self, ns: cython.ulonglong) -> cython.ulonglong:
+    def _shorten(self, ns: Word) -> Word:
         # A TTL less a random part of at most ``jitter``, by xorshift64.
         if self.jitter == 0 or ns == 0:
             return ns
-        x: cython.ulonglong = self.random
+        x: Word = self.random
         x = (x ^ (x << 13)) & _MASK64
         x ^= x >> 7
         x = (x ^ (x << 17)) & _MASK64
         self.random = x
-        cut: cython.ulonglong = ns // 1_000_000 * (x % (self.jitter + 1))
+        cut: Word = ns // 1_000_000 * (x % (self.jitter + 1))
         if cut == 0:
             cut = ns * (x % (self.jitter + 1)) // 1_000_000
         return ns - cut if cut < ns else 1
 
     @cython.cfunc
     def _put(
-        self,
-        key: object,
-        value: object,
-        ttl: object,
-        mode: cython.int,
-        token: cython.ulonglong,
-    ) -> cython.ulonglong:
+        self, key: object, value: object, ttl: object, mode: cython.int, token: Word
+    ) -> Word:
         # Store; the new version, or 0 when the mode forbids it.
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
-        ns: cython.ulonglong = self._shorten(self._ttl(ttl))
+        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        ns: Word = self._shorten(self._ttl(ttl))
         tag: cython.uint
         data: bytes
         if type(value) is bytes and (self.fast_tags or self.raw_only):
@@ -1840,13 +1759,13 @@ class Slab:
             pair: tuple = self.encode(value)
             tag = pair[0]
             data = pair[1]
-        now: cython.ulonglong = self._now()
-        expires: cython.ulonglong = now + ns if ns else _NEVER
+        now: Word = self._now()
+        expires: Word = now + ns if ns else _NEVER
         word: cython.uint = _pack_ttl(ns)
-        s: cython.Py_ssize_t = self._shard(h)
-        b: cython.Py_ssize_t = self._base(s)
-        version: cython.ulonglong = 0
-        slot: cython.Py_ssize_t
+        s: Index = self._shard(h)
+        b: Index = self._base(s)
+        version: Word = 0
+        slot: Index
         if self._need(len(kb), len(data)) > self.blocks or len(kb) > _MAX_KEY:
             self._refuse(s, b, len(kb), len(data))
         self._begin(s, b)
@@ -1861,11 +1780,7 @@ class Slab:
                 mode == _ANY
                 or (mode == _ADD and slot == 0)
                 or (mode == _REPLACE and slot)
-                or (
-                    mode == _CAS
-                    and slot
-                    and self.w64[self._record(b, slot)] == token
-                )
+                or (mode == _CAS and slot and self.w64[self._record(b, slot)] == token)
             ):
                 version = self._store(
                     s, b, slot, h, kind, kb, tag, data, expires, word, now
@@ -1877,7 +1792,7 @@ class Slab:
         return version
 
     def _refuse(self, s: int, b: int, key_len: int, value_len: int) -> None:
-        bb: cython.Py_ssize_t = b
+        bb: Index = b
         self._begin(s, bb)
         self.w64[bb + _S_TOO_LARGE] += 1
         self._end(s, bb)
@@ -1898,15 +1813,15 @@ class Slab:
         # Remove an entry: its value (True if not wanted), or MISSING.
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
-        now: cython.ulonglong = self._now()
-        s: cython.Py_ssize_t = self._shard(h)
-        b: cython.Py_ssize_t = self._base(s)
+        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        now: Word = self._now()
+        s: Index = self._shard(h)
+        b: Index = self._base(s)
         data: bytes = b""
         tag: cython.uint = 0
         self._begin(s, b)
         try:
-            slot: cython.Py_ssize_t = self._find(b, h & _MASK32, kind, kb)
+            slot: Index = self._find(b, h & _MASK32, kind, kb)
             if slot and self.w64[self._record(b, slot) + 1] <= now:
                 self._retire(b, slot, _EXPIRED)
                 slot = 0
@@ -1914,8 +1829,7 @@ class Slab:
                 if want:
                     data = self._value(b, slot, h)
                     tag = (
-                        self.w32[2 * self._record(b, slot) + _F_META]
-                        >> _META_TAG_SHIFT
+                        self.w32[2 * self._record(b, slot) + _F_META] >> _META_TAG_SHIFT
                     ) & 15
                 self._retire(b, slot, _DELETED)
         except BaseException as error:
@@ -1998,17 +1912,17 @@ class Slab:
             self._enter_process()
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
-        now: cython.ulonglong = self._now()
-        s: cython.Py_ssize_t = self._shard(h)
-        b: cython.Py_ssize_t = self._base(s)
+        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        now: Word = self._now()
+        s: Index = self._shard(h)
+        b: Index = self._base(s)
         data: bytes = b""
         tag: cython.uint = 0
-        version: cython.ulonglong = 0
-        v: cython.Py_ssize_t
+        version: Word = 0
+        v: Index
         self._begin(s, b)
         try:
-            slot: cython.Py_ssize_t = self._find(b, h & _MASK32, kind, kb)
+            slot: Index = self._find(b, h & _MASK32, kind, kb)
             if slot and self.w64[self._record(b, slot) + 1] <= now:
                 self._retire(b, slot, _EXPIRED)
                 slot = 0
@@ -2077,15 +1991,15 @@ class Slab:
             self._enter_process()
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
-        ns: cython.ulonglong = self._shorten(self._ttl(ttl))
-        now: cython.ulonglong = self._now()
-        s: cython.Py_ssize_t = self._shard(h)
-        b: cython.Py_ssize_t = self._base(s)
-        v: cython.Py_ssize_t
+        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        ns: Word = self._shorten(self._ttl(ttl))
+        now: Word = self._now()
+        s: Index = self._shard(h)
+        b: Index = self._base(s)
+        v: Index
         self._begin(s, b)
         try:
-            slot: cython.Py_ssize_t = self._find(b, h & _MASK32, kind, kb)
+            slot: Index = self._find(b, h & _MASK32, kind, kb)
             if slot and self.w64[self._record(b, slot) + 1] <= now:
                 self._retire(b, slot, _EXPIRED)
                 slot = 0
@@ -2109,14 +2023,14 @@ class Slab:
             self._enter_process()
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
-        now: cython.ulonglong = self._now()
-        s: cython.Py_ssize_t = self._shard(h)
-        b: cython.Py_ssize_t = self._base(s)
-        expires: cython.ulonglong = 0
+        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        now: Word = self._now()
+        s: Index = self._shard(h)
+        b: Index = self._base(s)
+        expires: Word = 0
         self._begin(s, b)
         try:
-            slot: cython.Py_ssize_t = self._find(b, h & _MASK32, kind, kb)
+            slot: Index = self._find(b, h & _MASK32, kind, kb)
             if slot:
                 expires = self.w64[self._record(b, slot) + 1]
         except BaseException as error:
@@ -2152,22 +2066,22 @@ class Slab:
             )
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
-        ns: cython.ulonglong = self._shorten(self._ttl(ttl))
+        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        ns: Word = self._shorten(self._ttl(ttl))
         fresh = None if initial is None else initial + delta
-        now: cython.ulonglong = self._now()
-        s: cython.Py_ssize_t = self._shard(h)
-        b: cython.Py_ssize_t = self._base(s)
-        expires: cython.ulonglong = now + ns if ns else _NEVER
+        now: Word = self._now()
+        s: Index = self._shard(h)
+        b: Index = self._base(s)
+        expires: Word = now + ns if ns else _NEVER
         word: cython.uint = _pack_ttl(ns)
         number = None
         old = None
         tag: cython.uint = _TAG_INT
-        v: cython.Py_ssize_t
+        v: Index
         data: bytes
         self._begin(s, b)
         try:
-            slot: cython.Py_ssize_t = self._find(b, h & _MASK32, kind, kb)
+            slot: Index = self._find(b, h & _MASK32, kind, kb)
             if slot and self.w64[self._record(b, slot) + 1] <= now:
                 self._retire(b, slot, _EXPIRED)
                 slot = 0
@@ -2175,7 +2089,7 @@ class Slab:
                 v = self._record(b, slot)
                 tag = (self.w32[2 * v + _F_META] >> _META_TAG_SHIFT) & 15
                 if tag == _TAG_INT or tag == _TAG_FLOAT:
-                    old = decode_tagged(self.codec, tag, self._value(b, slot, h))
+                    old = _number(self._value(b, slot, h), tag)
                     number = old + delta
                 if ttl is ...:
                     expires = self.w64[v + 1]
@@ -2186,9 +2100,7 @@ class Slab:
                 data = _number_bytes(number)
                 if data is not None:
                     tag = _TAG_INT if type(number) is int else _TAG_FLOAT
-                    self._store(
-                        s, b, slot, h, kind, kb, tag, data, expires, word, now
-                    )
+                    self._store(s, b, slot, h, kind, kb, tag, data, expires, word, now)
         except BaseException as error:
             self._abort(s, b, error)
             raise
@@ -2256,10 +2168,10 @@ class Slab:
     def _step(self, s: int, limit: int) -> int:
         """Apply our touches to a shard and retire up to ``limit`` expired entries;
         how many went, or -1 if no more are due."""
-        now: cython.ulonglong = self._now()
-        b: cython.Py_ssize_t = self._base(s)
-        removed: cython.Py_ssize_t = 0
-        due: cython.ulonglong
+        now: Word = self._now()
+        b: Index = self._base(s)
+        removed: Index = 0
+        due: Word
         self._begin(s, b)
         try:
             due = self.w64[b + _S_DUE]
@@ -2276,7 +2188,7 @@ class Slab:
 
     def _due(self, s: int) -> bool:
         """Whether a shard may hold something expired; a look without the lock."""
-        due: cython.ulonglong = self.w64[self._base(s) + _S_DUE]
+        due: Word = self.w64[self._base(s) + _S_DUE]
         return due != 0 and self._now() >= due
 
     def _scan(self, s: int, bucket: int, limit: int, values: bool) -> Any:
@@ -2286,17 +2198,14 @@ class Slab:
         bytes and value bytes.  Buckets are the stable order: an entry that is
         overwritten moves to another slot, never to another bucket.
         """
-        now: cython.ulonglong = self._now()
-        b: cython.Py_ssize_t = self._base(s)
-        bb: cython.Py_ssize_t = bucket
+        now: Word = self._now()
+        b: Index = self._base(s)
+        bb: Index = bucket
         out = [None] * (4 * (limit + 64))
-        room: cython.Py_ssize_t = limit
-        n: cython.Py_ssize_t = 0
-        seen: cython.Py_ssize_t = 0
-        steps: cython.Py_ssize_t
-        v: cython.Py_ssize_t
-        slot: cython.Py_ssize_t
-        meta: cython.uint
+        room: Index = limit
+        n: Index = 0
+        seen: Index = 0
+        cython.declare(steps=Index, v=Index, slot=Index, meta=cython.uint)
         self._begin(s, b)
         try:
             while bb < self.slots and n < room and seen < 64 * room:
@@ -2339,16 +2248,12 @@ class Slab:
 
         Returns the next bucket, or -1 at the end, and how many went.
         """
-        b: cython.Py_ssize_t = self._base(s)
-        bb: cython.Py_ssize_t = bucket
-        room: cython.Py_ssize_t = limit
-        n: cython.Py_ssize_t = 0
-        seen: cython.Py_ssize_t = 0
-        steps: cython.Py_ssize_t
-        v: cython.Py_ssize_t
-        slot: cython.Py_ssize_t
-        after: cython.Py_ssize_t
-        meta: cython.uint
+        b: Index = self._base(s)
+        bb: Index = bucket
+        room: Index = limit
+        n: Index = 0
+        seen: Index = 0
+        cython.declare(steps=Index, v=Index, slot=Index, after=Index, meta=cython.uint)
         want: cython.uint = kind
         self._begin(s, b)
         try:
@@ -2387,13 +2292,13 @@ class Slab:
     def _pop_oldest(self, s: int) -> Any:
         """Take the least recently used live entry of a shard: kind, key bytes, tag,
         value bytes; None when the shard is empty."""
-        now: cython.ulonglong = self._now()
-        b: cython.Py_ssize_t = self._base(s)
+        now: Word = self._now()
+        b: Index = self._base(s)
         key: bytes = b""
         data: bytes = b""
         meta: cython.uint = 0
-        v: cython.Py_ssize_t
-        slot: cython.Py_ssize_t = 0
+        v: Index
+        slot: Index = 0
         self._begin(s, b)
         try:
             while True:
@@ -2405,9 +2310,7 @@ class Slab:
                     self._retire(b, slot, _EXPIRED)
                     continue
                 meta = self.w32[2 * v + _F_META]
-                key = self._copy_out(
-                    b, self.w32[2 * v + _F_BLOCK], 0, meta & _MAX_KEY
-                )
+                key = self._copy_out(b, self.w32[2 * v + _F_BLOCK], 0, meta & _MAX_KEY)
                 data = self._value(b, slot, self.w32[2 * v + _F_HASH])
                 self._retire(b, slot, _DELETED)
                 break
@@ -2421,8 +2324,8 @@ class Slab:
 
     def _repair(self, s: int) -> int:
         """Rebuild a shard from its records; how many entries were given up."""
-        b: cython.Py_ssize_t = self._base(s)
-        dropped: cython.Py_ssize_t = 0
+        b: Index = self._base(s)
+        dropped: Index = 0
         self._acquire(s, b)
         try:
             self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
@@ -2435,10 +2338,10 @@ class Slab:
 
     def _snapshot(self, s: int, first: int, last: int) -> bytes:
         """A copy of a shard's bytes, taken under its lock."""
-        b: cython.Py_ssize_t = self._base(s)
+        b: Index = self._base(s)
         data: bytes = b""
-        at: cython.Py_ssize_t = 8 * b + first
-        n: cython.Py_ssize_t = last - first
+        at: Index = 8 * b + first
+        n: Index = last - first
         self._acquire(s, b)
         try:
             if cython.compiled:
@@ -2459,14 +2362,13 @@ class Slab:
     def _claim(self, s: int, h: int, dead: int) -> int:
         """Claim the computation of a key: 0 when it is ours now, else the token of the
         worker that has it, or of ``dead``'s successor; 1 when the table is crowded."""
-        b: cython.Py_ssize_t = self._base(s)
-        hh: cython.ulonglong = h
-        gone: cython.ulonglong = dead
-        home: cython.Py_ssize_t = cython.cast(cython.Py_ssize_t, hh & 255)
-        free: cython.Py_ssize_t = -1
-        at: cython.Py_ssize_t
-        i: cython.Py_ssize_t
-        result: cython.ulonglong = 1
+        b: Index = self._base(s)
+        hh: Word = h
+        gone: Word = dead
+        home: Index = cython.cast(Index, hh & 255)
+        free: Index = -1
+        cython.declare(at=Index, i=Index)
+        result: Word = 1
         self._begin(s, b)
         try:
             for i in range(_CLAIMS):
@@ -2490,10 +2392,9 @@ class Slab:
 
     def _unclaim_key(self, s: int, h: int) -> None:
         """Give a claim of ours back."""
-        b: cython.Py_ssize_t = self._base(s)
-        hh: cython.ulonglong = h
-        at: cython.Py_ssize_t
-        i: cython.Py_ssize_t
+        b: Index = self._base(s)
+        hh: Word = h
+        cython.declare(at=Index, i=Index)
         self._begin(s, b)
         for i in range(_CLAIMS):
             at = b + _S_CLAIMS + 2 * i
@@ -2506,15 +2407,44 @@ class Slab:
         """(kind, bytes, hash, shard) of a key."""
         kb = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: cython.ulonglong = xxh3_64_intdigest(kb, self.seeds[kind])
+        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
         return kind, kb, h, self._shard(h)
 
 
-def _number_bytes(number: Any) -> Any:
-    """Eight bytes of an int or float; None for an int that needs more."""
+@cython.cfunc
+def _number_bytes(number: object) -> object:
+    # Eight bytes of an int or float; None for an int that needs more.
+    if cython.compiled:
+        word: cython.longlong
+        real: cython.double
+        if type(number) is float:
+            real = number
+            return PyBytes_FromStringAndSize(
+                cython.cast("const char *", cython.address(real)), 8
+            )
+        try:
+            word = number
+        except OverflowError:
+            return None
+        return PyBytes_FromStringAndSize(
+            cython.cast("const char *", cython.address(word)), 8
+        )
     if type(number) is float:
         return _DOUBLE.pack(number)
     try:
-        return number.to_bytes(8, "little", signed=True)
-    except OverflowError:
+        return _LONG.pack(number)
+    except struct.error:
         return None
+
+
+@cython.cfunc
+def _number(data: bytes, tag: cython.uint) -> object:
+    if cython.compiled:
+        if tag == _TAG_INT:
+            return cython.cast(
+                cython.p_longlong, cython.cast(cython.p_void, PyBytes_AS_STRING(data))
+            )[0]
+        return cython.cast(
+            cython.p_double, cython.cast(cython.p_void, PyBytes_AS_STRING(data))
+        )[0]
+    return (_LONG if tag == _TAG_INT else _DOUBLE).unpack(data)[0]

@@ -53,7 +53,7 @@ class Sweeper:
             weakref.WeakKeyDictionary()
         )
         self._wake = threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # signal handlers may use caches, too
         self._thread: threading.Thread | None = None
         self._stop = False
 
@@ -64,6 +64,12 @@ class Sweeper:
         with self._lock:
             self._due[cache] = time.monotonic() + cache.cleanup_interval
             self._start()
+        self._wake.set()
+
+    def forget(self, cache: Cache) -> None:
+        """Sweep a cache no more; with the last one the thread ends."""
+        with self._lock:
+            self._due.pop(cache, None)
         self._wake.set()
 
     def _start(self) -> None:

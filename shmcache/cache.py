@@ -402,10 +402,10 @@ class Cache(Slab):
         sweeper().watch(self)
 
     def close(self) -> None:
-        """Leave the cache in this process; the last process to leave removes it.
+        """Leave the cache in this process; the last process to leave removes it,
+        unless ``persist`` was asked for.
 
-        It is removed even then if ``persist`` was asked for.  Calling it twice is
-        fine; any other use afterwards raises CacheClosed.
+        Calling it twice is fine; any other use afterwards raises CacheClosed.
         """
         with mutex():
             if self.closed:
@@ -416,6 +416,7 @@ class Cache(Slab):
             self._unbind()
             self._close_semaphores()
             self._finalizer()
+        sweeper().forget(self)
 
     def _flush_quietly(self) -> None:
         # Recency is not worth an error, nor a wait for a stopped holder.
@@ -487,11 +488,10 @@ class Cache(Slab):
                 " this: install a C compiler, then reinstall shmcache)"
             )
 
-    def _restore_permit(self, s: int) -> None:
+    def _permit_is_gone(self, s: int) -> bool:
         semaphore = posix_ipc.Semaphore(self._names.semaphore(s))
         try:
-            if semaphore.value == 0:
-                semaphore.release()
+            return bool(semaphore.value == 0)
         finally:
             semaphore.close()
 
@@ -520,7 +520,7 @@ class Cache(Slab):
                 "shard %d of cache %s: %s; %s, %d entries dropped, in %.1f ms",
                 shard,
                 self.name,
-                f"process {pid} died holding its lock" if dead else "damage was met",
+                _what_happened(dead, pid),
                 "lists rebuilt" if torn else "nothing was half done",
                 dropped,
                 ns / 1e6,
@@ -898,6 +898,14 @@ def _attached(
     name: str, lock_timeout: float, clock: Callable[[], float] | None
 ) -> Cache:
     return Cache.attach(name, lock_timeout=lock_timeout, clock=clock)
+
+
+def _what_happened(dead: int, pid: int) -> str:
+    if not dead:
+        return "damage was met"
+    if dead <= 0xFFFF:  # no token
+        return "a process died taking or giving back its lock"
+    return f"process {pid or 'unknown'} died holding its lock"
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

@@ -1,0 +1,145 @@
+"""The load generator: clients that ask for pages, and what they saw.
+
+Popularity follows Zipf's law, as that of web pages does: the n-th most popular page is
+asked for in proportion to 1/n.  The sequence comes from a fixed seed, so that two
+servers can be asked the very same things.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+TIMEOUT = 30.0  # s, for one request
+TOO_MANY_ERRORS = 10
+SEED = 1
+
+
+@dataclass
+class Outcome:
+    """What the clients of one load saw."""
+
+    seconds: float = 0.0
+    # Of each answered request the latency in s and the page's origin, as the app names
+    # it.  Appended to by all clients at once, which a list takes without a lock.
+    answers: list[tuple[float, str]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def requests(self) -> int:
+        """Answered requests."""
+        return len(self.answers)
+
+    def count(self, origin: str) -> int:
+        """Answered requests with a page of this origin."""
+        return sum(origin == known for _, known in self.answers)
+
+    def latency(self, quantile: float) -> float:
+        """The time in s within which this part of the requests was answered."""
+        ordered = sorted(latency for latency, _ in self.answers)
+        return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
+
+
+def zipf(names: Sequence[str], count: int) -> list[str]:
+    """``count`` names drawn with Zipf popularity; the same ones at every call."""
+    rng = random.Random(SEED)  # noqa: S311 - predictable on purpose
+    ranked = rng.sample(names, len(names))
+    weights = itertools.accumulate(1 / rank for rank in range(1, len(ranked) + 1))
+    return rng.choices(ranked, cum_weights=list(weights), k=count)
+
+
+def fetch(address: tuple[str, int], name: str) -> str:
+    """Ask for a page, check that it is the right one; returns the origin it names.
+
+    A bare socket: ``http.client`` takes four times as long, and the load generator
+    should leave the processors to those it measures.
+    """
+    request = f"GET /{name}.html HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n"
+    chunks = []
+    with socket.create_connection(address, timeout=TIMEOUT) as connection:
+        connection.sendall(request.encode())
+        while chunk := connection.recv(1 << 18):
+            chunks.append(chunk)
+    head, _, body = b"".join(chunks).partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    if " 200 " not in f"{status} ":
+        raise ValueError(f"{name}: {status or 'no answer'}")
+    if len(body) != int(headers["Content-Length"]):
+        raise ValueError(f"{name}: {len(body)} bytes instead of {headers}")
+    if f" {name}</title>".encode() not in body[:500]:
+        raise ValueError(f"{name}: another page came: {body[:100]!r}")
+    return headers["X-Page"]
+
+
+class Load:
+    """Clients that work through a sequence of names, one request each at a time.
+
+    It ends after ``seconds``, or when the sequence is at its end.  What has been asked
+    is then a prefix of the sequence without gaps.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        names: Sequence[str],
+        seconds: float,
+        clients: int,
+    ) -> None:
+        self._address = address
+        self._names = names
+        self._seconds = seconds
+        self._next = itertools.count()  # next() of it is atomic
+        self._halt = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._client, daemon=True) for _ in range(clients)
+        ]
+        self.outcome = Outcome()
+
+    def run(self, tick: Callable[[float, int], None], every: float) -> Outcome:
+        """Do it; calls ``tick(fraction done, requests)`` every so many seconds.
+
+        What ``tick`` raises ends the load.
+        """
+        started = time.perf_counter()
+        self._deadline = started + self._seconds
+        for thread in self._threads:
+            thread.start()
+        try:
+            for thread in self._threads:
+                while thread.is_alive():
+                    thread.join(every)
+                    tick(self._fraction(), self.outcome.requests)
+        finally:
+            self._halt.set()
+        self.outcome.seconds = time.perf_counter() - started
+        return self.outcome
+
+    def _fraction(self) -> float:
+        left = (self._deadline - time.perf_counter()) / self._seconds
+        done = self.outcome.requests / len(self._names)
+        return min(1.0, max(1 - left, done))
+
+    def _client(self) -> None:
+        outcome = self.outcome
+        while not self._halt.is_set() and time.perf_counter() < self._deadline:
+            index = next(self._next)
+            if index >= len(self._names):
+                return
+            started = time.perf_counter()
+            try:
+                origin = fetch(self._address, self._names[index])
+            except (OSError, ValueError, KeyError) as error:
+                outcome.errors.append(f"{type(error).__name__}: {error}")
+                if len(outcome.errors) >= TOO_MANY_ERRORS:
+                    self._halt.set()
+            else:
+                outcome.answers.append((time.perf_counter() - started, origin))

@@ -1,0 +1,329 @@
+"""Death at every single step of every operation, of repair, and of the workers' table.
+
+The dying process runs the interpreted engine, in which every store into the segment
+and every call on a semaphore can be counted (crash_rig.py).  For each n, a forked
+child dies right before its n-th step, and this process, on the engine under test,
+looks at what it left: a death at a store is the same to both engines, and both must
+repair it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import crash_rig
+import posix_ipc
+import pytest
+from crash_rig import DEAD, SCENARIOS, Clock, Keys
+
+import shmcache
+from shmcache import _layout as L
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ABSENT = "absent"
+FOR_EVER = 1_000_000
+# Nobody waits longer for a lock because its holder died; else LockTimeout is raised.
+LONGEST_WAIT = 1.0
+
+WORKERS = ("attach", "close", "reap")
+OPERATIONS = [name for name in SCENARIOS if name not in WORKERS]
+
+
+class Answer(NamedTuple):
+    """What became of a child that was ordered to die."""
+
+    pid: int
+    code: int
+    steps: int
+    token: int
+
+
+class Zygote:
+    """The process from which the dying ones are forked."""
+
+    def __init__(self, process: subprocess.Popen[str], clock: Clock) -> None:
+        self._process = process
+        self._clock = clock
+
+    def order(self, scenario: str, steps: int) -> Answer:
+        """Have a child run a scenario, and die right before the step of a number."""
+        words = {"scenario": scenario, "steps": steps, "now": self._clock.ns}
+        print(json.dumps(words), file=self._process.stdin, flush=True)
+        return Answer(**self._read())
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    @classmethod
+    @contextmanager
+    def of(
+        cls, cache: shmcache.Cache, clock: Clock, env: dict[str, str], *, timed: bool
+    ) -> Iterator[Self]:
+        """A zygote that is attached to a cache; it leaves at the end."""
+        rig = Path(crash_rig.__file__)
+        command = [sys.executable, str(rig), cache.name, "timed" if timed else "real"]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        ) as process:
+            zygote = cls(process, clock)
+            zygote._read()
+            yield zygote
+            assert process.stdin
+            process.stdin.close()
+            assert process.wait(60) == 0
+
+
+class Scene:
+    """A cache in the state in which a scenario begins, over and over again."""
+
+    def __init__(
+        self,
+        name: str,
+        make_cache: Callable[..., shmcache.Cache],
+        log: pytest.LogCaptureFixture,
+    ) -> None:
+        self.name = name
+        self.scenario = SCENARIOS[name]
+        self.clock = Clock()
+        self.cache = make_cache(
+            **self.scenario.settings,
+            cleanup_interval=300,
+            lock_timeout=LONGEST_WAIT,
+            clock=self.clock if self.scenario.timed else None,
+        )
+        self.log = log
+        log.set_level(logging.WARNING, "shmcache")
+        self.keys = Keys(self.cache)
+        self.scenario.fill(self.cache, self.clock, self.keys)
+        self.cache._flush_touches()
+        self._now = self.clock.ns
+        self.attachment = self.cache._attachment
+        self._geometry = self.attachment.header.geometry
+        self._start = bytes(self.attachment.block.buf[self._geometry.shards_at :])
+        self.before = self.content()
+        self.before_order = self.order_of_use()
+        self.restore()
+
+    def restore(self) -> None:
+        """The shard as it was at first; nobody is inside."""
+        assert self.permits() == 1
+        self.clock.ns = self._now
+        self.attachment.block.buf[self._geometry.shards_at :] = self._start
+        self.log.clear()
+
+    def permits(self) -> int:
+        """The value of the shard's semaphore."""
+        semaphore = posix_ipc.Semaphore(self.cache._names.semaphore(0))
+        value: int = semaphore.value
+        semaphore.close()
+        return value
+
+    def word(self, number: int) -> int:
+        """A word of the shard."""
+        return self.attachment.words[self._geometry.shards_at // 8 + number]
+
+    def content(self) -> dict[str, Any]:
+        """The value of each key, without leaving a mark."""
+        return {key: self.cache.peek(key, ABSENT) for key in self.keys.all}
+
+    def order_of_use(self) -> list[int]:
+        """Live slots, the latest used first, read from the bytes.
+
+        The slots of entries that an operation does not write stay the same.
+        """
+        buffer = self.attachment.block.buf
+        at = self._geometry.shards_at + self._geometry.records_at
+        records = buffer[at : at + L.RECORD * (self._geometry.slots + 1)].cast("I")
+        found, slot = [], records[L.F_LRU_NEXT]
+        while slot:
+            found.append(slot)
+            slot = records[slot * L.RECORD_WORDS + L.F_LRU_NEXT]
+        return found
+
+    def versions(self) -> dict[int, int]:
+        """The version of each record."""
+        buffer = self.attachment.block.buf
+        at = self._geometry.shards_at + self._geometry.records_at
+        records = buffer[at : at + L.RECORD * (self._geometry.slots + 1)].cast("Q")
+        return {
+            slot: records[slot * L.RECORD // 8] for slot in self.order_of_use()
+        }
+
+    def exercise(self) -> None:
+        """Use every list of the shard: fill, evict, overwrite, expire, remove."""
+        cache = self.cache
+        for number in range(12):
+            cache.set(f"more {number}", b"m" * (40 * number), ttl=900)
+            cache.incr("count", initial=0)
+        for key in self.keys.all:
+            cache.touch(key, ttl=1000)
+            cache.get(key)
+        assert cache.popitem()
+        cache.delete("count")
+        self.clock.ns += 2_000_000_000_000
+        cache.sweep()
+        cache["last"] = b"l" * 64 * 20
+        assert cache.peek("last") == b"l" * 64 * 20
+        cache.clear()
+        assert len(cache) == 0
+
+
+@pytest.fixture
+def scene(
+    request: pytest.FixtureRequest,
+    make_cache: Callable[..., shmcache.Cache],
+    caplog: pytest.LogCaptureFixture,
+) -> Scene:
+    """The scene of the scenario that the test is called with."""
+    return Scene(request.param, make_cache, caplog)
+
+
+def unmoved(before: list[int], after: list[int]) -> list[int]:
+    """The longest common subsequence: what kept its place in the order of use."""
+    longest: dict[tuple[int, int], list[int]] = {}
+    for i in range(len(before) + 1):
+        for j in range(len(after) + 1):
+            if i == 0 or j == 0:
+                longest[i, j] = []
+            elif before[i - 1] == after[j - 1]:
+                longest[i, j] = [*longest[i - 1, j - 1], before[i - 1]]
+            else:
+                longest[i, j] = max(longest[i - 1, j], longest[i, j - 1], key=len)
+    return longest[len(before), len(after)]
+
+
+def look(scene: Scene, allowed: dict[str, list[Any]]) -> dict[str, Any]:
+    """What the survivors find: before, during and after the repair."""
+    at_once = scene.content()
+    scene.cache._step(0, 0)
+    found = scene.content()
+    for key, values in allowed.items():
+        assert at_once[key] in values
+        assert found[key] in values
+        # Once the write in flight was seen to have happened, it has.
+        assert found[key] == at_once[key] or values.index(found[key]) > 0
+    assert scene.cache.check() == []
+    assert len(scene.cache) == sum(value != ABSENT for value in found.values())
+    assert scene.permits() == 1
+    return found
+
+
+def recoveries(scene: Scene) -> list[dict[str, Any]]:
+    """The facts in the log about recoveries."""
+    return [
+        {name: vars(record)[name] for name in ("shard", "dead_pid", "rebuilt", "dropped")}
+        for record in scene.log.records
+        if getattr(record, "event", "") == "recovered"
+    ]
+
+
+@pytest.mark.parametrize("scene", OPERATIONS, indirect=True)
+def test_1_death_at_any_step_costs_at_most_the_entry_in_flight(
+    scene: Scene,
+    interpreted_env: dict[str, str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Whatever step a process dies at: the others go on with all the rest."""
+    timed = scene.scenario.timed
+    with Zygote.of(scene.cache, scene.clock, interpreted_env, timed=timed) as zygote:
+        whole = zygote.order(scene.name, FOR_EVER)
+        assert whole.code == 0
+        assert scene.cache.check() == []
+        after, after_order = scene.content(), scene.order_of_use()
+        stay = unmoved(scene.before_order, after_order)
+        allowed = {
+            key: [scene.before[key], after[key]]
+            + [ABSENT] * (scene.before[key] != after[key])
+            for key in scene.keys.all
+        }
+        for step in range(whole.steps):
+            scene.restore()
+            answer = zygote.order(scene.name, step)
+            assert (answer.code, answer.steps) == (DEAD, step)
+            died_inside = scene.word(L.S_HOLDER) == answer.token
+            assert died_inside or scene.word(L.S_HOLDER) == 0
+            torn = bool(scene.word(L.S_EPOCH) & 1)
+            lost_permit = scene.permits() == 0
+            look(scene, allowed)
+            facts = {"shard": 0, "rebuilt": torn, "dropped": 0}
+            facts["dead_pid"] = answer.pid if died_inside else 0
+            expected = [facts] * lost_permit
+            assert recoveries(scene) == expected
+            assert scene.word(L.S_RECOVERIES) == len(expected)
+            order = scene.order_of_use()
+            kept = [slot for slot in order if slot in stay]
+            assert kept == [slot for slot in stay if slot in order]
+            scene.exercise()
+            assert scene.cache.check() == []
+            scene.attachment.reap()
+    record_property("crash points", whole.steps)
+
+
+# First deaths after which there is much to repair, and the number of the step.
+TORN = [
+    ("overwrite_by_larger", 0.3),
+    ("overwrite_by_larger", 0.75),
+    ("insert_with_evictions_for_room", 0.5),
+    ("insert_with_expired_first", 0.4),
+    ("delete_middle_of_chain", 0.4),
+    ("touch_that_prolongs", 0.6),
+    ("sweep_that_cascades", 0.5),
+    ("get_that_moves", 0.6),
+]
+
+
+@pytest.mark.parametrize(("scene", "where"), TORN, indirect=["scene"])
+def test_1_death_in_repair_leaves_the_repair_to_the_next(
+    scene: Scene,
+    where: float,
+    interpreted_env: dict[str, str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Whatever step of taking over and repairing a process dies at: the next does it."""
+    timed = scene.scenario.timed
+    with Zygote.of(scene.cache, scene.clock, interpreted_env, timed=timed) as zygote:
+        whole = zygote.order(scene.name, FOR_EVER)
+        first = round(whole.steps * where)
+        after = scene.content()
+        allowed = {
+            key: [scene.before[key], after[key]]
+            + [ABSENT] * (scene.before[key] != after[key])
+            for key in scene.keys.all
+        }
+
+        def die_first() -> None:
+            scene.restore()
+            assert zygote.order(scene.name, first).code == DEAD
+            assert scene.word(L.S_EPOCH) & 1
+
+        die_first()
+        # The one who repairs wanted only to read what is not there.
+        repair = zygote.order("peek", FOR_EVER)
+        assert repair.code == 0
+        look(scene, allowed)
+        for step in range(repair.steps):
+            die_first()
+            answer = zygote.order("peek", step)
+            assert (answer.code, answer.steps) == (DEAD, step)
+            died_inside = scene.word(L.S_HOLDER) == answer.token
+            lost_permit = scene.permits() == 0
+            look(scene, allowed)
+            pids = [facts["dead_pid"] for facts in recoveries(scene)]
+            if died_inside:
+                assert pids == [answer.pid]
+            else:
+                assert len(pids) == lost_permit
+            scene.exercise()
+            assert scene.cache.check() == []
+            scene.attachment.reap()
+    record_property("crash points", repair.steps)

@@ -1,0 +1,63 @@
+"""The other half of "both modes": the same tests, once more, without the .so files.
+
+Each test module is run in a pytest of its own, with ``tests/pure`` in PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+import shmcache
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(not shmcache.compiled, reason="this run is interpreted itself"),
+]
+
+HERE = Path(__file__).parent
+
+# What ``pytestmark`` of a module says, on one line or over several.
+MARKS = re.compile(r"^pytestmark = (?:\[.*?^\]|.*?$)", re.MULTILINE | re.DOTALL)
+
+
+def repeats(path: Path) -> bool:
+    """Whether some tests of a module depend on the engine: it is not marked as once."""
+    marks = MARKS.search(path.read_text(encoding="utf-8"))
+    return not marks or not re.search(r"\bmark\.(once|servers)\b", marks[0])
+
+
+MODULES = [path.name for path in sorted(HERE.glob("test_*.py")) if repeats(path)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_passes_interpreted(
+    module: str, interpreted_env: dict[str, str], tmp_path: Path
+) -> None:
+    """Every test of the module passes on the interpreted engine, and some do run."""
+    report = tmp_path / "report.xml"
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", str(HERE / module)),
+            *("-m", "not once and not servers", "--numprocesses=0"),
+            *(f"--junit-xml={report}", f"--basetemp={tmp_path / 'base'}"),
+            *("-p", "no:cacheprovider", "--tb=short"),
+        ],
+        env=interpreted_env,
+        cwd=HERE.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        pytest.skip(f"each test of {module} is marked as once or servers")
+    assert run.returncode == 0, run.stdout
+    suite = ET.parse(report).getroot()[0]
+    tests, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
+    assert tests - skipped > 0, run.stdout
