@@ -8,8 +8,8 @@ from __future__ import annotations
 from shmcache import errors
 from shmcache._codec import MsgspecCodec
 from shmcache._layout import Cause
-from shmcache.cache import Cache, Stats
 from shmcache._slab import compiled
+from shmcache.cache import Cache, Stats
 from shmcache.errors import (
     CacheClosed,
     ConfigMismatch,

@@ -356,10 +356,10 @@ def _is_plain(value: Any, depth: cython.Py_ssize_t) -> cython.bint:
 def _pack_plain(pack: Any, value: Any) -> bytes | None:
     try:
         return pack(value) if _is_plain(value, 0) else None
-    except (ValueError, OverflowError, RecursionError):
-        return (
-            None  # a lone surrogate, a long int, or few levels left in Python's stack
-        )
+    except (ValueError, OverflowError, RuntimeError):
+        # A lone surrogate; a long int; interpreted, also a dict that another thread
+        # changes, or the end of Python's stack.  _convert() copes, or knows where.
+        return None
 
 
 @cython.cfunc
@@ -432,7 +432,7 @@ def _convert(value: Any, depth: cython.Py_ssize_t, careful: cython.bint) -> Any:
     index: cython.Py_ssize_t
     try:
         if kind is dict:
-            for key, item in items:
+            for key, _ in items:
                 named = named and (type(key) is str or type(key) is bytes)
             for key, item in items:
                 step = _MEMBER

@@ -17,7 +17,6 @@ a dead worker as soon as the kernel has dropped its lease.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,33 +24,38 @@ from shmcache._slab import MISSING
 from shmcache.errors import LockTimeout, ReentrantCall
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from shmcache.cache import Cache
 
 _FIRST_PAUSE = 0.000_5
 _LONGEST_PAUSE = 0.02
+_CROWD_PATIENCE = 1.0
 CROWDED = 1  # what Slab._claim says when the table is full
 
 
 class Flight:
     """One caller's part in computing one key."""
 
-    def __init__(self, cache: Cache, key: Any, who: object, timeout: float | None):
+    def __init__(
+        self, cache: Cache, key: Any, who: object, timeout: float | None
+    ) -> None:
         self._cache = cache
         self._key = key
         self.who = who
         self._timeout = timeout
-        _, _, self._hash, self._shard = cache._key_hash(key)  # noqa: SLF001
+        _, _, self._hash, self._shard = cache._key_hash(key)
         self.value: Any = MISSING
 
     def pauses(self) -> Iterator[float]:
-        """Yield how long to wait, again and again; ends when it is our turn to compute,
-        or when ``value`` has come from somebody else.
+        """How long to wait, again and again.
 
+        Ends when it is our turn to compute, or when ``value`` has come from elsewhere.
         Used inside ``landing()``.  Of the threads or tasks of one process one stands
         for all in the shared table; the others wait for it in ``flights``.
         """
         cache = self._cache
-        attachment = cache._attachment  # noqa: SLF001
+        attachment = cache._attachment
         started = time.monotonic()
         pause = _FIRST_PAUSE
         dead = 0
@@ -59,7 +63,12 @@ class Flight:
             holder = attachment.token
             first = attachment.flights.setdefault(self._hash, self)
             if first is self:
-                holder = cache._claim(self._shard, self._hash, dead)  # noqa: SLF001
+                holder = cache._claim(self._shard, self._hash, dead)
+                if holder == CROWDED:
+                    if self._make_room():
+                        continue
+                    if self._may_go_unclaimed(time.monotonic() - started):
+                        holder = 0
                 if holder == 0:
                     # Between our miss and our claim another may have been done with it.
                     self.value = cache.peek(self._key, MISSING)
@@ -90,16 +99,32 @@ class Flight:
             if self.value is not MISSING:
                 return
 
+    def _make_room(self) -> bool:
+        # Give back what the dead have claimed; whether there was any.
+        cache = self._cache
+        alive = cache._attachment.alive
+        dead = [t for t in cache._claimants(self._shard) if not alive(t)]
+        for token in dead:
+            cache._disclaim(self._shard, token)
+        return bool(dead)
+
+    def _may_go_unclaimed(self, waited: float) -> bool:
+        # A second of work done twice is better than to wait for ever: the claims may be
+        # our own, of a deep recursion, or of callers that wait for us.
+        others = list(self._cache._attachment.flights.values())
+        nested = any(other.who == self.who for other in others if other is not self)
+        return nested or waited > _CROWD_PATIENCE
+
     @contextmanager
     def landing(self) -> Iterator[None]:
         """The flight as a whole: however it ends, what was claimed is given back."""
         cache = self._cache
-        flights = cache._attachment.flights  # noqa: SLF001
+        flights = cache._attachment.flights
         try:
             yield
         finally:
             if flights.get(self._hash) is self:
                 try:
-                    cache._unclaim_key(self._shard, self._hash)  # noqa: SLF001
+                    cache._unclaim_key(self._shard, self._hash)
                 finally:
                     flights.pop(self._hash, None)

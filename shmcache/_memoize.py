@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import secrets
 import sys
 import weakref
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from shmcache.errors import UnsupportedKey
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from shmcache.cache import Cache
 
 
@@ -26,8 +26,18 @@ class Memoized:
         function: Callable[..., Any],
         ttl: Any,
         key: Callable[..., Any] | None,
-        typed: bool,  # noqa: FBT001 - as functools.lru_cache has it
+        typed: bool,
     ) -> None:
+        if isinstance(function, (classmethod, staticmethod)):
+            raise TypeError(
+                f"memoize must come below @{type(function).__name__}, next to the"
+                " function itself"
+            )
+        if not callable(function) or not hasattr(function, "__qualname__"):
+            raise TypeError(
+                f"memoize takes a function, not {function!r}; give what you have a"
+                " name, by a def that calls it"
+            )
         functools.update_wrapper(self, function)
         self.__wrapped__ = function
         self._cache = cache
@@ -41,11 +51,15 @@ class Memoized:
                 inspect.markcoroutinefunction(self)
             else:
                 # What asyncio.iscoroutinefunction looks for on 3.11.
-                self._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined] # noqa: SLF001
+                import asyncio
+
+                self._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
 
     def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The key under which a call's result is kept.  UnsupportedKey if an argument
-        cannot be part of a key."""
+        """The key under which a call's result is kept.
+
+        Raises UnsupportedKey if an argument cannot be part of a key.
+        """
         if self._key is not None:
             return (self._name, self._part(self._key(*args, **kwargs), "key()"))
         return (
@@ -65,7 +79,7 @@ class Memoized:
         key = self.cache_key(*args, **kwargs)
         call = functools.partial(self.__wrapped__, *args, **kwargs)
         if self._awaits:
-            return self._cache._get_or_await(key, call, self._ttl)  # noqa: SLF001
+            return self._cache._get_or_await(key, call, self._ttl)
         return self._cache.get_or_set(key, call, self._ttl)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -110,22 +124,22 @@ class _Bound:
 
     def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As of the function, with the instance's part."""
-        if self.__func__._key is not None:  # noqa: SLF001
+        if self.__func__._key is not None:
             return self.__func__.cache_key(self.__self__, *args, **kwargs)
         return self.__func__.cache_key(_Instance(self.__self__), *args, **kwargs)
 
     def invalidate(self, *args: Any, **kwargs: Any) -> bool:
         """Forget a call's result; whether there was one."""
         memoized = self.__func__
-        return memoized._cache.delete(self.cache_key(*args, **kwargs))  # noqa: SLF001
+        return memoized._cache.delete(self.cache_key(*args, **kwargs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         memoized = self.__func__
-        cache, ttl = memoized._cache, memoized._ttl  # noqa: SLF001
+        cache, ttl = memoized._cache, memoized._ttl
         key = self.cache_key(*args, **kwargs)
         call = functools.partial(memoized.__wrapped__, self.__self__, *args, **kwargs)
-        if memoized._awaits:  # noqa: SLF001
-            return cache._get_or_await(key, call, ttl)  # noqa: SLF001
+        if memoized._awaits:
+            return cache._get_or_await(key, call, ttl)
         return cache.get_or_set(key, call, ttl)
 
 
@@ -139,10 +153,11 @@ class _Instance:
     def __init__(self, instance: Any) -> None:
         self.part: Any
         own = getattr(instance, "__cache_key__", None)
-        if own is not None:
-            self.part = ("i", *_flat(own() if callable(own) else own))
-        elif isinstance(instance, type):
+        if isinstance(instance, type):
+            # What __cache_key__ tells apart are the instances.
             self.part = ("c", f"{instance.__module__}.{instance.__qualname__}")
+        elif own is not None:
+            self.part = ("i", *_flat(own() if callable(own) else own))
         else:
             self.part = ("o", _identity(instance))
 

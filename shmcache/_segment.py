@@ -1,11 +1,5 @@
 """The segment as a file: its names, its settings, creation, opening, removal.
 
-A segment is a ``multiprocessing.shared_memory`` block; what stands here and not
-there is what a shared block of that kind lacks: room that is reserved at once
-(``posix_fallocate``, so that a full /dev/shm is an error now and never a SIGBUS
-later), a look at owner, mode and size before a byte is believed, and no resource
-tracker, which would remove a block that other processes still use.
-
 Creation happens under the admin lock (see _workers.py) and stores the magic word
 last, so nobody sees half a segment; one whose creator was killed has no magic word
 and is replaced by the next process.
@@ -13,25 +7,27 @@ and is replaced by the next process.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import mmap
 import os
 import re
 import secrets
 import stat
 import time
 from dataclasses import dataclass, fields
-from multiprocessing.shared_memory import SharedMemory
+from typing import TYPE_CHECKING
 
 import posix_ipc
 
 from shmcache import _layout as L
 from shmcache.errors import (
     ConfigMismatch,
-    OutOfSharedMemory,
     SegmentCorrupt,
     SegmentRefused,
 )
+
+if TYPE_CHECKING:
+    from shmcache._block import Block
 
 SHM_DIR = "/dev/shm"  # noqa: S108 - where Linux keeps POSIX shared memory
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
@@ -50,6 +46,11 @@ class Names:
             raise ValueError(
                 f"cache name {name!r} is not 1 to 100 letters, digits, '.', '_' or '-';"
                 " choose such a name"
+            )
+        if name.endswith(".lease"):
+            raise ValueError(
+                f"cache name {name!r} would be that of another cache's lease file;"
+                " choose one that does not end in .lease"
             )
         return cls(name, f"shmcache-{os.geteuid() if uid is None else uid}-{name}")
 
@@ -135,60 +136,13 @@ class Header:
     lease_inode: int
 
 
-class Block(SharedMemory):
-    """A shared memory block, opened with care and without a resource tracker."""
-
-    _track = False  # for SharedMemory.unlink of Python 3.13
-
-    def __init__(self, names: Names, size: int = 0) -> None:
-        """Create the block with ``size`` bytes reserved, or open it if size is 0.
-
-        Raises FileNotFoundError, OutOfSharedMemory, SegmentRefused, SegmentCorrupt.
-        """
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-        if size:
-            flags |= os.O_CREAT | os.O_EXCL
-        self._name = "/" + names.segment
-        self._fd = open_own(names.segment_path, flags)
-        try:
-            if size:
-                self._reserve(names, size)
-            self._size = os.fstat(self._fd).st_size
-            if self._size < L.ROWS_AT + L.ROWS * L.ROW_SIZE:
-                raise SegmentCorrupt(
-                    f"{names.segment_path} has {self._size} bytes, too few for a"
-                    " segment: its creation was cut short, or another program cut the"
-                    f" file; remove it with: shmcache unlink {names.cache}"
-                )
-            self._mmap = mmap.mmap(self._fd, self._size)
-        except BaseException:
-            os.close(self._fd)
-            self._fd = -1
-            raise
-        self._buf = memoryview(self._mmap)
-
-    def _reserve(self, names: Names, size: int) -> None:
-        try:
-            os.posix_fallocate(self._fd, 0, size)
-        except OSError as error:
-            os.unlink(names.segment_path)
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-                raise
-            free = os.statvfs(SHM_DIR)
-            raise OutOfSharedMemory(
-                f"cache {names.cache!r} needs {size:,} bytes of shared memory,"
-                f" and {SHM_DIR} has {free.f_bavail * free.f_frsize:,} free;"
-                " lower max_bytes or max_entries, or give it more room (docker:"
-                " --shm-size, Kubernetes: an emptyDir of medium Memory on /dev/shm)"
-            ) from error
-
-    def close(self) -> None:
-        """Let go of the block.  The mapping ends with the last view of it."""
-        self._buf = None
-        self._mmap = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+def leads_to(path: str, fd: int) -> bool:
+    """Whether a path leads to the file that a descriptor is open on."""
+    try:
+        found, ours = os.stat(path, follow_symlinks=False), os.fstat(fd)
+    except OSError:
+        return False
+    return os.path.samestat(found, ours)
 
 
 def open_own(path: str, flags: int) -> int:
@@ -221,11 +175,13 @@ def open_own(path: str, flags: int) -> int:
 
 def create(names: Names, settings: Settings, lease_inode: int, now: int) -> Block:
     """A new, empty segment with its semaphores; the caller holds the admin lock."""
+    from shmcache._block import Block
+
     geometry = settings.geometry
     block = Block(names, geometry.size)
     try:
         make_semaphores(names, geometry.shards)
-        buffer = block.buf
+        buffer = block.view
         words = buffer.cast("Q")
         flags = L.FLAG_PERSIST * settings.persist | L.FLAG_SLIDING * settings.sliding
         for word, value in {
@@ -350,16 +306,12 @@ def make_semaphores(names: Names, shards: int) -> None:
     for shard in range(shards):
         name = names.semaphore(shard)
         _unlink_semaphore(name)
-        posix_ipc.Semaphore(
-            name, posix_ipc.O_CREX, mode=0o600, initial_value=1
-        ).close()
+        posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=1).close()
 
 
 def _unlink_semaphore(name: str) -> None:
-    try:
+    with contextlib.suppress(posix_ipc.ExistentialError):
         posix_ipc.unlink_semaphore(name)
-    except posix_ipc.ExistentialError:
-        pass
 
 
 def remove(names: Names, shards: int | None = None) -> None:
@@ -378,7 +330,5 @@ def remove(names: Names, shards: int | None = None) -> None:
         left = [names.semaphore(shard)[1:] for shard in range(shards)]
     for name in left:
         _unlink_semaphore("/" + name)
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(names.segment_path)
-    except FileNotFoundError:
-        pass

@@ -1,5 +1,8 @@
-# cython: language_level=3, auto_pickle=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False
+# cython: language_level=3, auto_pickle=False
+# cython: wraparound=False, cdivision=True, initializedcheck=False
+# C types mean nothing to mypy, so what it would say of them is switched off:
+# mypy: disable-error-code="valid-type, operator, untyped-decorator, no-any-return"
+# mypy: disable-error-code="unreachable, misc, type-arg, index, attr-defined"
 """The engine: everything that runs inside, or in place of, a shard's lock.
 
 One class, one compilation unit, because no Python code may run between taking a
@@ -36,6 +39,7 @@ import struct
 from array import array
 from threading import get_ident
 from time import monotonic_ns
+from types import EllipsisType
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
@@ -107,6 +111,12 @@ _S_RECOVERIES = cython.declare(cython.Py_ssize_t, L.S_RECOVERIES)
 _S_DROPPED = cython.declare(cython.Py_ssize_t, L.S_DROPPED)
 _S_WHEEL_BITS = cython.declare(cython.Py_ssize_t, L.S_WHEEL_BITS)
 _S_WHEEL_HEADS = cython.declare(cython.Py_ssize_t, L.S_WHEEL_HEADS)
+_S_COUNTERS = cython.declare(cython.Py_ssize_t, L.S_COUNTERS)
+_S_COUNTERS_END = cython.declare(cython.Py_ssize_t, L.S_COUNTERS_END)
+_CAUSES = cython.declare(cython.Py_ssize_t, len(L.Cause))
+_ROWS = cython.declare(cython.ulonglong, L.ROWS)
+# No shard lives long enough for a higher version: one in it is damage.
+_MAX_VERSION = cython.declare(cython.ulonglong, 1 << 62)
 _S_CLAIMS = cython.declare(cython.Py_ssize_t, L.S_CLAIMS)
 _CLAIMS = cython.declare(cython.Py_ssize_t, L.CLAIMS)
 _WHEEL_LEVELS = cython.declare(cython.Py_ssize_t, L.WHEEL_LEVELS)
@@ -159,6 +169,7 @@ _CAS = cython.declare(cython.int, 3)
 # How _lookup leaves its mark on an entry found.
 _QUIET = cython.declare(cython.int, 0)
 _USE = cython.declare(cython.int, 1)
+_PROBE = cython.declare(cython.int, 2)  # as _QUIET, and the value is not wanted
 
 # Hits of one process that wait to be applied to a shard's LRU ring.  64 is far
 # less than any shard holds that has more than one user, and 64 moves with the
@@ -194,6 +205,9 @@ class _Missing:
 
 MISSING = _Missing()
 
+# Seconds, None for "never", or left out for the cache's default.
+Ttl = float | None | EllipsisType
+
 
 class Corrupt(IndexError):
     """A number in the segment points where nothing can be.
@@ -204,23 +218,54 @@ class Corrupt(IndexError):
 
 def ttl_to_ns(ttl: Any, what: str = "ttl") -> int:
     """A time to live in seconds as whole nanoseconds, at least one."""
+    remedy = (
+        "None means that entries never expire"
+        if what == "ttl"
+        else "leave it out for the default"
+    )
     if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
         raise TypeError(
-            f"{what} must be a number of seconds or None, not {ttl!r};"
-            " for a timedelta pass its total_seconds()"
+            f"{what} must be a number of seconds, not {ttl!r}; {remedy}, and of a"
+            " timedelta pass its total_seconds()"
         )
     if not ttl > 0 or math.isinf(ttl):
         raise ValueError(
-            f"{what} must be over 0 seconds and finite, not {ttl!r};"
-            " None means that entries never expire"
+            f"{what} must be over 0 seconds and finite, not {ttl!r}; {remedy}"
         )
-    ns = max(1, round(ttl * 1_000_000_000))
-    if ns > L.MAX_TTL_NS:
+    if ttl > L.MAX_TTL_NS // 1_000_000_000:
         raise ValueError(
             f"{what} of {ttl!r} s is over {L.MAX_TTL_NS // 1_000_000_000} s (34 years);"
-            " None means that entries never expire"
+            f" {remedy}"
         )
-    return ns
+    return max(1, round(ttl * 1_000_000_000))
+
+
+def touch_buffers(shards: int) -> Any:
+    """Room for the hits that a process has noted and not yet applied to the LRU rings.
+
+    All Cache objects of a process that are on one segment share it, as any of them
+    may be the next to write.  Slots, versions, and how many there are in each shard.
+    """
+    return (
+        memoryview(array("I", bytes(4 * TOUCHES * shards))),
+        memoryview(array("Q", bytes(8 * TOUCHES * shards))),
+        memoryview(array("I", bytes(4 * shards))),
+    )
+
+
+def close_semaphores(opened: Any) -> None:
+    """Close what ``_open_semaphores`` returned; once is enough, twice does nothing."""
+    if cython.compiled:
+        i: Index
+        address: Word
+        for i in range(len(opened)):
+            address = opened[i]
+            opened[i] = 0
+            if address:
+                sem_close(address)
+    else:
+        while opened:
+            opened.pop().close()
 
 
 @cython.cfunc
@@ -313,6 +358,7 @@ class Slab:
     lock_timeout: Word
     random: Word
     has_news: cython.bint
+    waiting: cython.int  # threads of this process that sleep on a semaphore
     seeds: object
     codec: object
     encode: object
@@ -320,6 +366,7 @@ class Slab:
     clock: object
     news: object
     owners: object
+    opened: object  # the semaphores, for close_semaphores
     pysems: object
     raw_only: cython.bint
 
@@ -332,8 +379,12 @@ class Slab:
         codec: Any,
         clock: Any,
         settings: Any,
+        touches: Any,
     ) -> None:
-        """Point the engine at a mapped segment (a memoryview of its bytes)."""
+        """Point the engine at a mapped segment (a memoryview of its bytes).
+
+        ``touches``: this process's own, from ``touch_buffers``.
+        """
         self.mem = words
         self.w64 = words.cast("Q")
         self.w32 = words.cast("I")
@@ -369,53 +420,44 @@ class Slab:
         self.news = []
         self.owners = {}
         self.pysems = []
-        self.sems = memoryview(array("Q", [0] * geometry.shards))
-        shards = geometry.shards
-        self.touch_slot = memoryview(array("I", bytes(4 * TOUCHES * shards)))
-        self.touch_version = memoryview(array("Q", bytes(8 * TOUCHES * shards)))
-        self.touch_count = memoryview(array("I", bytes(4 * shards)))
+        self.sems = memoryview(array("Q"))
+        self.opened = []
+        self.waiting = 0
+        self.touch_slot, self.touch_version, self.touch_count = touches
 
-    def _open_semaphores(self, names: Any) -> None:
-        """Open the shards' semaphores, which exist."""
-        if cython.compiled:
-            i: Index = 0
-            for name in names:
-                encoded: bytes = name.encode()
-                self.sems[i] = sem_open(PyBytes_AS_STRING(encoded))
-                if self.sems[i] == 0:
-                    raise SegmentCorrupt(
-                        f"semaphore {name} is missing although its segment is in use;"
-                        " stop all users of the cache, then attach again"
-                    )
-                i += 1
-        else:
-            self.pysems = [PosixSemaphore(name) for name in names]
+    def _open_semaphores(self, names: Any) -> Any:
+        """Open the shards' semaphores, which exist; what ``close_semaphores`` takes."""
+        if not cython.compiled:
+            self.opened = self.pysems = [PosixSemaphore(name) for name in names]
+            return self.opened
+        opened = memoryview(array("Q", bytes(8 * len(names))))
+        i: Index = 0
+        for name in names:
+            encoded: bytes = name.encode()
+            opened[i] = sem_open(PyBytes_AS_STRING(encoded))
+            if opened[i] == 0:
+                close_semaphores(opened)
+                raise SegmentCorrupt(
+                    f"semaphore {name} is missing although its segment is in use;"
+                    " stop all users of the cache, then attach again"
+                )
+            i += 1
+        self.sems = opened
+        self.opened = opened
+        return opened
 
     def _close_semaphores(self) -> None:
-        if cython.compiled:
-            opened: cython.ulonglong[::1] = self.sems
-            self.sems = memoryview(array("Q"))
-            i: Index
-            for i in range(opened.shape[0]):
-                if opened[i]:
-                    sem_close(opened[i])
-        else:
-            for semaphore in self.pysems:
-                semaphore.close()
-            self.pysems = []
+        if self.waiting:
+            return  # a thread sleeps on one of them: it calls again as it wakes
+        close_semaphores(self.opened)
 
     def _join(self, guard: Any, token: int, row: int, seed: int, owners: Any) -> None:
-        """Act from now on as the worker with this token and row.
-
-        The touches noted before, if any, are those of the process that forked us.
-        """
+        """Act from now on as the worker with this token and row."""
         self.guard = guard
         self.owners = owners
         self.row = row
         self.random = seed | 1
-        i: Index
-        for i in range(self.touch_count.shape[0]):
-            self.touch_count[i] = 0
+        self.waiting = 0  # the threads that waited are those of who forked us
         self.token = token
 
     def _unbind(self) -> None:
@@ -459,7 +501,7 @@ class Slab:
     @cython.inline
     def _record(self, b: Index, slot: Index) -> Index:
         # First 64-bit word of a record; 0 is the sentinel.
-        if slot > self.slots:
+        if slot < 0 or slot > self.slots:
             raise Corrupt("slot")
         return b + self.records8 + slot * 8
 
@@ -476,7 +518,7 @@ class Slab:
     @cython.inline
     def _block_at(self, b: Index, block: Index) -> Index:
         # First byte of a block.
-        if block == 0 or block > self.blocks:
+        if block <= 0 or block > self.blocks:
             raise Corrupt("block")
         return 8 * b + self.arena + (block << self.block_shift)
 
@@ -488,7 +530,14 @@ class Slab:
             store(cython.address(self.w64[i]), value)
             write_fence()
         else:
-            self.w64[i] = value
+            self.w64[i] = value & _MASK64
+
+    @cython.cfunc
+    @cython.inline
+    def _count(self, i: Index, n: Word) -> cython.void:
+        # Add to a counter where an exception would leave the lock behind: no word that
+        # damage may have put there makes the sum too large.
+        self.w64[i] = (self.w64[i] + n) & _MASK64
 
     @cython.cfunc
     @cython.inline
@@ -642,10 +691,16 @@ class Slab:
     @cython.cfunc
     def _lru_remove(self, b: Index, slot: Index) -> cython.int:
         r: Index = 2 * self._record(b, slot)
-        before: Index = self.w32[r + _F_LRU_PREV]
-        after: Index = self.w32[r + _F_LRU_NEXT]
-        self.w32[2 * self._record(b, before) + _F_LRU_NEXT] = after
-        self.w32[2 * self._record(b, after) + _F_LRU_PREV] = before
+        before: Index = 2 * self._record(b, self.w32[r + _F_LRU_PREV])
+        after: Index = 2 * self._record(b, self.w32[r + _F_LRU_NEXT])
+        if (
+            self.w32[before + _F_LRU_NEXT] != slot
+            or self.w32[after + _F_LRU_PREV] != slot
+        ):
+            # Neighbours that do not know it: unlinking would spread the damage.
+            raise Corrupt("ring")
+        self.w32[before + _F_LRU_NEXT] = self.w32[r + _F_LRU_NEXT]
+        self.w32[after + _F_LRU_PREV] = self.w32[r + _F_LRU_PREV]
         return 0
 
     @cython.cfunc
@@ -660,17 +715,6 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _lru_back(self, b: Index, slot: Index) -> cython.int:
-        sentinel: Index = 2 * self._record(b, 0)
-        r: Index = 2 * self._record(b, slot)
-        last: Index = self.w32[sentinel + _F_LRU_PREV]
-        self.w32[r + _F_LRU_PREV] = last
-        self.w32[r + _F_LRU_NEXT] = 0
-        self.w32[2 * self._record(b, last) + _F_LRU_NEXT] = slot
-        self.w32[sentinel + _F_LRU_PREV] = slot
-        return 0
-
-    @cython.cfunc
     def _take_slot(self, b: Index) -> Index:
         # The slot freed last, which is still in the CPU's cache; then a fresh one.
         slot: Index = cython.cast(Index, self.w64[b + _S_FREE_SLOT])
@@ -678,7 +722,7 @@ class Slab:
             self.w64[b + _S_FREE_SLOT] = self.w32[2 * self._record(b, slot) + _F_CHAIN]
             return slot
         slot = cython.cast(Index, self.w64[b + _S_FRESH_SLOT]) + 1
-        if slot > self.slots:
+        if slot < 1 or slot > self.slots:
             raise Corrupt("slots")
         self.w64[b + _S_FRESH_SLOT] = slot
         return slot
@@ -692,7 +736,7 @@ class Slab:
         got: Index = 0
         block: Index = first
         while got < n and block:
-            if block > self.blocks:
+            if block < 0 or block > self.blocks:
                 raise Corrupt("block")
             last = block
             block = self.w32[links + block]
@@ -700,7 +744,7 @@ class Slab:
         self.w64[b + _S_FREE_BLOCK] = block
         if got < n:
             block = cython.cast(Index, self.w64[b + _S_FRESH_BLOCK])
-            if block + n - got > self.blocks:
+            if block < 0 or block > self.blocks - (n - got):
                 raise Corrupt("blocks")
             self.w64[b + _S_FRESH_BLOCK] = block + n - got
             while got < n:
@@ -719,8 +763,8 @@ class Slab:
     def _give_blocks(self, b: Index, first: Index, n: Index) -> cython.int:
         links: Index = 2 * b + self.links4
         last: Index = first
-        i: Index
-        for i in range(n - 1):
+        _i: Index
+        for _i in range(n - 1):
             if last == 0 or last > self.blocks:
                 raise Corrupt("block")
             last = self.w32[links + last]
@@ -736,7 +780,10 @@ class Slab:
     @cython.cfunc
     @cython.inline
     def _blocks_left(self, b: Index) -> Index:
-        return self.blocks - cython.cast(Index, self.w64[b + _S_BLOCKS_USED])
+        used: Word = self.w64[b + _S_BLOCKS_USED]
+        if used > cython.cast(Word, self.blocks):
+            raise Corrupt("blocks")
+        return self.blocks - cython.cast(Index, used)
 
     # --- timer wheel ----------------------------------------------------------------
     #
@@ -797,9 +844,14 @@ class Slab:
             return 0  # never expires
         after: Index = self.w32[r + _F_WHEEL_NEXT]
         number: Index
+        if after and self.w32[2 * self._record(b, after) + _F_WHEEL_PREV] != slot:
+            raise Corrupt("wheel")
         if before & _WHEEL_FIRST:
             number = before & ~_WHEEL_FIRST
-            if number >= 64 * _WHEEL_LEVELS:
+            if (
+                number >= 64 * _WHEEL_LEVELS
+                or self.w32[2 * (b + _S_WHEEL_HEADS) + number] != slot
+            ):
                 raise Corrupt("wheel")
             self.w32[2 * (b + _S_WHEEL_HEADS) + number] = after
             if after == 0:
@@ -807,6 +859,8 @@ class Slab:
                     cython.cast(Word, 1) << cython.cast(cython.uint, number & 63)
                 )
         else:
+            if self.w32[2 * self._record(b, before) + _F_WHEEL_NEXT] != slot:
+                raise Corrupt("wheel")
             self.w32[2 * self._record(b, before) + _F_WHEEL_NEXT] = after
         if after:
             self.w32[2 * self._record(b, after) + _F_WHEEL_PREV] = before
@@ -838,9 +892,14 @@ class Slab:
         return -2
 
     @cython.cfunc
-    def _reclaim(self, b: Index, now: Word, limit: Index) -> Index:
-        # Retire what has expired; at most limit entries are looked at.
+    def _reclaim(
+        self, b: Index, now: Word, limit: Index, thorough: cython.bint
+    ) -> Index:
+        # Retire what has expired, how many.  At most limit entries leave the list that
+        # they are in.  Those that stay, as they expire within this tick, but later, do
+        # not count when thorough: there may be any number before the one that has.
         removed: Index = 0
+        stays: Index = self.slots if thorough else limit
         target: Word = now >> _WHEEL_TICK_BITS
         cython.declare(
             tick=Word,
@@ -874,17 +933,24 @@ class Slab:
             if slot == 0:
                 raise Corrupt("wheel")
             while slot and limit > 0:
-                limit -= 1
                 after = self.w32[2 * self._record(b, slot) + _F_WHEEL_NEXT]
                 expires = self.w64[self._record(b, slot) + 1]
                 if expires <= now:
                     self._retire(b, slot, _EXPIRED)
                     removed += 1
+                    limit -= 1
                 elif shift or expires >> _WHEEL_TICK_BITS > self.w64[b + _S_TICK]:
                     self._wheel_remove(b, slot)
                     self._wheel_insert(b, slot, expires, now)
-                elif expires < later:
-                    later = expires
+                    limit -= 1
+                elif stays:
+                    stays -= 1
+                    if expires < later:
+                        later = expires
+                elif thorough:
+                    raise Corrupt("wheel")  # a list of more than there are
+                else:
+                    return removed
                 slot = after
             if slot == 0 and later != _NEVER:
                 # Only the current tick keeps entries, and all that is left is later.
@@ -940,12 +1006,21 @@ class Slab:
         return 0
 
     @cython.cfunc
+    def _blocks_of(self, b: Index, slot: Index) -> Index:
+        r: Index = 2 * self._record(b, slot)
+        return self._need(
+            self.w32[r + _F_META] & _MAX_KEY, self.w32[r + _F_VALUE_LEN]
+        )
+
+    @cython.cfunc
     def _evict(self, b: Index, now: Word, keep: Index) -> cython.bint:
         # Make room by one entry at least: expired ones first, then the least recently
         # used that is not ``keep``.  False when there is none.
+        # Looking for them is bounded, but not below what a single shard holds by
+        # default, where the order of eviction is exact.
         rounds: cython.int = 0
-        while now >= self.w64[b + _S_DUE] and self.w64[b + _S_DUE] and rounds < 16:
-            if self._reclaim(b, now, 64):
+        while now >= self.w64[b + _S_DUE] and self.w64[b + _S_DUE] and rounds < 256:
+            if self._reclaim(b, now, 64, True):
                 return True
             rounds += 1
         slot: Index = self.w32[2 * self._record(b, 0) + _F_LRU_PREV]
@@ -975,17 +1050,19 @@ class Slab:
         key_len: Index = len(key)
         value_len: Index = len(value)
         need: Index = self._need(key_len, value_len)
+        if self.w64[b + _S_ENTRIES] > self.capacity[s]:
+            raise Corrupt("entries")  # before all are evicted for it
         if old == 0:
             while self.w64[b + _S_ENTRIES] >= self.capacity[s]:
                 if not self._evict(b, now, 0):
                     raise Corrupt("entries")
         while self._blocks_left(b) < need:
-            if not self._evict(b, now, old):
-                if old == 0:
-                    raise Corrupt("blocks")
-                # Old and new do not fit together: for an instant there is neither.
+            if old and need + self._blocks_of(b, old) > self.blocks:
+                # Old and new can never both fit: for an instant there is neither.
                 self._retire(b, old, _REPLACED)
                 old = 0
+            elif not self._evict(b, now, old):
+                raise Corrupt("blocks")
         slot: Index = self._take_slot(b)
         first: Index = self._take_blocks(b, need)
         self._copy_in(b, first, 0, key)
@@ -1032,7 +1109,8 @@ class Slab:
     # reached goes to the end that is evicted first.
     # Death in the middle: nothing but a damaged record's version is changed before the
     # lists are, and these are derived again by the next repair.  The ring is laid from
-    # the most recently used on, so that a second repair still finds that end.
+    # the most recently used on, each link in place of the old one, so that a second
+    # repair finds the same order.
 
     @cython.cfunc
     def _sound(self, b: Index, slot: Index, claimed: cython.uchar[::1]) -> cython.bint:
@@ -1080,35 +1158,64 @@ class Slab:
         return good
 
     @cython.cfunc
+    def _tidy(self, b: Index) -> cython.int:
+        # Repair of what no record tells: counters that cannot be, and halves of claims.
+        cython.declare(i=Index, at=Index, token=Word, evicted=Word)
+        for i in range(_S_COUNTERS, _S_COUNTERS_END):
+            if self.w64[b + i] >> 63:
+                self.w64[b + i] = 0
+        for i in range(_S_GONE + _CAUSES, _S_UNREAD):
+            self.w64[b + i] = 0
+        evicted = self.w64[b + _S_GONE + _EXPIRED] + self.w64[b + _S_GONE + _CAPACITY]
+        if self.w64[b + _S_UNREAD] > evicted:
+            self.w64[b + _S_UNREAD] = evicted
+        if self.w64[b + _S_TURNS] >> 63:
+            self.w64[b + _S_TURNS] = 0
+        for i in range(_CLAIMS):
+            at = b + _S_CLAIMS + 2 * i
+            token = self.w64[at + 1]
+            if token >> 16 == 0 or not 1 <= token & 0xFFFF <= _ROWS:
+                if token:
+                    self.w64[at + 1] = 0
+                if self.w64[at]:
+                    self.w64[at] = 0
+        return 0
+
+    @cython.cfunc
     def _rebuild(self, b: Index) -> Index:
-        # Repair a shard whose lock we hold; how many entries were given up.  A clock
-        # of the user's is Python code, so the wheel's own time stands in for it.
-        now: Word = self.w64[b + _S_TICK] << _WHEEL_TICK_BITS & _MASK64
-        if self.clock is None:
-            now = self._now()
+        # Repair a shard whose lock we hold; how many entries were given up.
         slots: Index = self.slots
         claimed: cython.uchar[::1] = bytearray(self.blocks + 1)
         state: cython.uchar[::1] = bytearray(slots + 1)  # 1 live and sound, 2 in order
         order: cython.uint[::1] = memoryview(array("I", bytes(4 * (slots + 1))))
+        capacity: Word = self.capacity[(b - self.shards8) // self.stride8]
         dropped: Index = 0
         fresh: Index = 0
         count: Index = 0
         sequence: Word = 0
+        # The wheel's time: a clock of the user's is Python code, so not asked now, and
+        # no time before the first expiry is wrong.
+        now: Word = self.w64[b + _S_TICK] << _WHEEL_TICK_BITS & _MASK64
+        if self.clock is None:
+            now = self._now()
         cython.declare(slot=Index, other=Index, v=Index, i=Index)
+        self._tidy(b)
         for slot in range(1, slots + 1):
             v = self._record(b, slot)
             if self.w64[v] == 0:
                 continue
             fresh = slot
             if self.w64[v] & 1:
-                if self._sound(b, slot, claimed):
+                if self.w64[v] <= _MAX_VERSION and self._sound(b, slot, claimed):
                     state[slot] = 1
                     if self.w64[v] >> 1 > sequence:
                         sequence = self.w64[v] >> 1
+                    if self.w64[v + 1] < now:
+                        now = self.w64[v + 1]
                 else:
                     self._put_word(v, self.w64[v] - 1)
                     dropped += 1
-        if self.w64[b + _S_SEQUENCE] < sequence:
+        if not sequence <= self.w64[b + _S_SEQUENCE] <= _MAX_VERSION:
             self.w64[b + _S_SEQUENCE] = sequence
 
         # The order of use: down from the most recent, then up from the least.
@@ -1140,10 +1247,8 @@ class Slab:
         for i in range(64 * _WHEEL_LEVELS):
             self.w32[2 * (b + _S_WHEEL_HEADS) + i] = 0
         self.w64[b + _S_DUE] = _NEVER
-        self.w32[2 * self._record(b, 0) + _F_LRU_NEXT] = 0
-        self.w32[2 * self._record(b, 0) + _F_LRU_PREV] = 0
         used: Index = 0
-        entries: Index = 0
+        entries: Word = 0
         for i in range(count):
             slot = order[i]
             other = self._twin(b, slot)
@@ -1156,19 +1261,31 @@ class Slab:
                 used -= self._unclaim(b, other, claimed)
                 entries -= 1
                 self._chain_remove(b, other)
-                self._lru_remove(b, other)
                 self._wheel_remove(b, other)
+            if entries == capacity:
+                # Damage brought a removed entry back to life.
+                self._unclaim(b, slot, claimed)
+                dropped += 1
+                continue
             v = self._record(b, slot)
             self.w32[2 * v + _F_WHEEL_PREV] = 0
             self.w32[2 * v + _F_WHEEL_NEXT] = 0
             self._chain_insert(b, slot, self.w32[2 * v + _F_HASH])
-            self._lru_back(b, slot)
             if self.w64[v + 1] != _NEVER:
                 self._wheel_insert(b, slot, self.w64[v + 1], now)
             used += self._need(
                 self.w32[2 * v + _F_META] & _MAX_KEY, self.w32[2 * v + _F_VALUE_LEN]
             )
             entries += 1
+        other = 0
+        for i in range(count):
+            slot = order[i]
+            if self.w64[self._record(b, slot)] & 1:
+                self.w32[2 * self._record(b, other) + _F_LRU_NEXT] = slot
+                self.w32[2 * self._record(b, slot) + _F_LRU_PREV] = other
+                other = slot
+        self.w32[2 * self._record(b, other) + _F_LRU_NEXT] = 0
+        self.w32[2 * self._record(b, 0) + _F_LRU_PREV] = other
 
         self.w64[b + _S_ENTRIES] = entries
         self.w64[b + _S_BLOCKS_USED] = used
@@ -1192,7 +1309,7 @@ class Slab:
                     cython.uint, self.w64[b + _S_FREE_BLOCK]
                 )
                 self.w64[b + _S_FREE_BLOCK] = i
-        self.w64[b + _S_DROPPED] += dropped
+        self._count(b + _S_DROPPED, dropped)
         return dropped
 
     @cython.cfunc
@@ -1212,8 +1329,8 @@ class Slab:
             self.w32[2 * v + _F_META] & _MAX_KEY, self.w32[2 * v + _F_VALUE_LEN]
         )
         block: Index = self.w32[2 * v + _F_BLOCK]
-        i: Index
-        for i in range(need):
+        _i: Index
+        for _i in range(need):
             claimed[block] = 0
             block = self.w32[2 * b + self.links4 + block]
         return need
@@ -1227,12 +1344,12 @@ class Slab:
     # odd while it does.  A waiter that sleeps too long looks at the holder: if the
     # kernel has dropped the holder's lease, the waiter puts its own token in the dead
     # one's place - the permit passes on - and repairs the shard if EPOCH is odd.
-    # Death in the gap between permit and HOLDER, on the way in or out, loses the permit:
-    # HOLDER is 0 and TURNS stands still.  A waiter that sees this twice goes in without
-    # a permit, and so brings one back when it comes out.  Should the old one turn up
-    # after all (its taker was only stopped), two processes come with permits; the one
-    # that finds HOLDER taken drops its own and queues up again.  So exclusion rests on
-    # HOLDER alone, and a spare permit is harmless.
+    # Death in the gap between permit and HOLDER, on the way in or out, loses the
+    # permit: HOLDER is 0 and TURNS stands still.  A waiter that sees this twice goes
+    # in without a permit, and so brings one back when it comes out.  Should the old
+    # one turn up after all (its taker was only stopped), two processes come with
+    # permits; the one that finds HOLDER taken drops its own and queues up again.  So
+    # exclusion rests on HOLDER alone, and a spare permit is harmless.
     # The interpreted engine has no compare-and-swap; it looks and then stores, which
     # only a spare permit can make unsafe.
 
@@ -1244,7 +1361,7 @@ class Slab:
                 return False
             if not cas(cython.address(self.w64[b + _S_HOLDER]), 0, self.token):
                 return False  # a spare permit, dropped
-            self.w64[b + _S_TURNS] += 1
+            self._count(b + _S_TURNS, 1)
             return True
         try:
             self.pysems[s].acquire(0)
@@ -1258,7 +1375,7 @@ class Slab:
             return False
         self.owners[s] = get_ident()
         self.w64[b + _S_HOLDER] = self.token
-        self.w64[b + _S_TURNS] += 1
+        self._count(b + _S_TURNS, 1)
         return True
 
     @cython.cfunc
@@ -1280,9 +1397,9 @@ class Slab:
         turns: Word = 0
         last_turns: Word = 0
         got: cython.int = 0
-        spins: cython.int
+        _spin: cython.int
         if cython.compiled:
-            for spins in range(_SPINS):
+            for _spin in range(_SPINS):
                 pause()
                 if load(cython.address(self.w64[b + _S_HOLDER])) == 0:
                     if self._try_acquire(s, b):
@@ -1290,29 +1407,20 @@ class Slab:
         elif self.w64[b + _S_HOLDER] == self.token:
             self._check_reentry(s)
         while True:
-            if cython.compiled:
-                sem: Word = self.sems[s]
-                with cython.nogil:
-                    got = sem_wait(sem, _LOOK_NS)
-                if got < 0:
-                    PyErr_CheckSignals()
-            else:
-                try:
-                    self.pysems[s].acquire(_LOOK_NS / 1e9)
-                    got = 1
-                except BusyError:
-                    got = 0
-                except SignalError:
-                    got = -1
+            got = self._sleep(s)
             if self.guard[0] != self.token:
                 # Closed by another thread meanwhile.
                 if got > 0:
                     self._post(s)
+                if self.token == 0:
+                    self._close_semaphores()
                 self._enter_process()
+            if cython.compiled and got < 0:
+                PyErr_CheckSignals()
             if got > 0:
                 if cython.compiled:
                     if cas(cython.address(self.w64[b + _S_HOLDER]), 0, self.token):
-                        self.w64[b + _S_TURNS] += 1
+                        self._count(b + _S_TURNS, 1)
                         return self._waited(b, started)
                 elif self._interpreted_hold(s, b):
                     return self._waited(b, started)
@@ -1337,13 +1445,35 @@ class Slab:
             now = monotonic_ns()
             if now - started > self.lock_timeout:
                 # One more counter that is exact only if nobody else times out just now.
-                self.w64[b + _S_LOCK_TIMEOUTS] += 1
+                self._count(b + _S_LOCK_TIMEOUTS, 1)
                 raise LockTimeout(self._describe_wait(s, holder, now - started))
 
     @cython.cfunc
+    def _sleep(self, s: Index) -> cython.int:
+        # Wait a while for a permit: 1, it is ours; 0, no; -1, a signal came.
+        got: cython.int = 0
+        self.waiting += 1
+        if cython.compiled:
+            sem: Word = self.sems[s]
+            with cython.nogil:
+                got = sem_wait(sem, _LOOK_NS)
+            self.waiting -= 1
+            return got
+        try:
+            self.pysems[s].acquire(_LOOK_NS / 1e9)
+            got = 1
+        except BusyError:
+            got = 0
+        except SignalError:
+            got = -1
+        finally:
+            self.waiting -= 1
+        return got
+
+    @cython.cfunc
     def _waited(self, b: Index, started: Word) -> cython.int:
-        self.w64[b + _S_LOCK_WAITS] += 1
-        self.w64[b + _S_LOCK_WAIT_NS] += monotonic_ns() - started
+        self._count(b + _S_LOCK_WAITS, 1)
+        self._count(b + _S_LOCK_WAIT_NS, monotonic_ns() - started)
         return 0
 
     @cython.cfunc
@@ -1367,14 +1497,14 @@ class Slab:
         if cython.compiled:
             if not cas(cython.address(self.w64[b + _S_HOLDER]), dead, self.token):
                 return False
-            self.w64[b + _S_TURNS] += 1
+            self._count(b + _S_TURNS, 1)
             return True
         with self._recovery_lock(s):
             if self.w64[b + _S_HOLDER] != dead:
                 return False
             self.owners[s] = get_ident()
             self.w64[b + _S_HOLDER] = self.token
-            self.w64[b + _S_TURNS] += 1
+            self._count(b + _S_TURNS, 1)
             return True
 
     @cython.cfunc
@@ -1392,9 +1522,13 @@ class Slab:
             if torn:
                 dropped = self._rebuild(b)
                 self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
-            self.w64[b + _S_RECOVERIES] += 1
+            self._count(b + _S_RECOVERIES, 1)
             self.news.append((s, dead, torn, dropped, monotonic_ns() - started))
             self.has_news = True
+        except BaseException:
+            # No memory: the epoch stays odd, and tells the next one to repair.
+            self._release(s, b)
+            raise
         finally:
             if collecting:
                 gc.enable()
@@ -1407,7 +1541,11 @@ class Slab:
         self._acquire(s, b)
         self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
         if self.touch_count[s]:
-            self._apply_touches(s, b)
+            try:
+                self._apply_touches(s, b)
+            except BaseException as error:
+                self._abort(s, b, error)
+                raise
         return 0
 
     @cython.cfunc
@@ -1471,7 +1609,7 @@ class Slab:
 
     @cython.cfunc
     def _lookup(self, key: object, how: cython.int) -> object:
-        # The value of a key, or MISSING.
+        # The value of a key (True for a probe), or MISSING.
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
         h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
@@ -1483,7 +1621,7 @@ class Slab:
         head: Index = self._bucket(b, h32)
         want: cython.uint = cython.cast(cython.uint, len(kb)) | kind << 16
         cython.declare(
-            attempt=cython.int, epoch=Word, version=Word, expires=Word, slot=Index
+            _attempt=cython.int, epoch=Word, version=Word, expires=Word, slot=Index
         )
         v: Index = 0
         cython.declare(
@@ -1497,7 +1635,7 @@ class Slab:
         data: bytes
         found: cython.bint
         try:
-            for attempt in range(_ATTEMPTS):
+            for _attempt in range(_ATTEMPTS):
                 epoch = load(cython.address(self.w64[b + _S_EPOCH]))
                 slot = self.w32[head]
                 steps = 0
@@ -1537,6 +1675,10 @@ class Slab:
                 read_fence()
                 if version != load(cython.address(self.w64[v])):
                     continue
+                if how == _PROBE:
+                    if expires != _NEVER and expires <= self._now():
+                        break
+                    return True
                 # Only now is the length known to be that of the entry.
                 if self._need(len(kb), value_len) > self.blocks:
                     break
@@ -1600,7 +1742,8 @@ class Slab:
                     self._retire(bb, slot, _EXPIRED)
                     slot = 0
             if slot:
-                data = self._value(bb, slot, h)
+                if how != _PROBE:
+                    data = self._value(bb, slot, h)
                 if how == _USE:
                     self.w64[bb + _S_HITS] += 1
                     self._use(bb, slot)
@@ -1614,6 +1757,8 @@ class Slab:
         self._end(s, bb)
         if slot == 0:
             return MISSING
+        if how == _PROBE:
+            return True
         return decode_tagged(self.codec, tag, data)
 
     @cython.cfunc
@@ -1766,12 +1911,12 @@ class Slab:
         b: Index = self._base(s)
         version: Word = 0
         slot: Index
-        if self._need(len(kb), len(data)) > self.blocks or len(kb) > _MAX_KEY:
+        if not self._fits(len(kb), len(data)):
             self._refuse(s, b, len(kb), len(data))
         self._begin(s, b)
         try:
             if now >= self.w64[b + _S_DUE] and self.w64[b + _S_DUE]:
-                self._reclaim(b, now, _RIDE)
+                self._reclaim(b, now, _RIDE, False)
             slot = self._find(b, h & _MASK32, kind, kb)
             if slot and self.w64[self._record(b, slot) + 1] <= now:
                 self._retire(b, slot, _EXPIRED)
@@ -1791,15 +1936,30 @@ class Slab:
         self._end(s, b)
         return version
 
+    @cython.cfunc
+    @cython.inline
+    def _fits(self, key_len: Index, value_len: Index) -> cython.bint:
+        # Whether an entry can be stored at all, be the shard empty.
+        return (
+            self._need(key_len, value_len) <= self.blocks
+            and key_len <= _MAX_KEY
+            and cython.cast(Word, value_len) <= _MASK32
+        )
+
     def _refuse(self, s: int, b: int, key_len: int, value_len: int) -> None:
         bb: Index = b
         self._begin(s, bb)
-        self.w64[bb + _S_TOO_LARGE] += 1
+        self._count(bb + _S_TOO_LARGE, 1)
         self._end(s, bb)
         if key_len > _MAX_KEY:
             raise EntryTooLarge(
                 f"a key of {key_len:,} bytes is over the limit of {_MAX_KEY:,};"
                 " use a digest of it as the key"
+            )
+        if value_len > L.MASK32:
+            raise EntryTooLarge(
+                f"a value of {value_len:,} bytes is over the limit of {L.MASK32:,};"
+                " store it in parts"
             )
         room = self.blocks * self.block_size
         raise EntryTooLarge(
@@ -1840,7 +2000,7 @@ class Slab:
             return MISSING
         return decode_tagged(self.codec, tag, data) if want else True
 
-    def get(self, key, default=None):
+    def get(self, key: Any, default: Any = None) -> Any:
         """The value of a key, or ``default``.  A hit is a use: it renews LRU rank.
 
         O(1), without a lock when compiled.  Raises UnsupportedKey, CacheClosed, and
@@ -1851,20 +2011,20 @@ class Slab:
         value = self._lookup(key, _USE)
         return default if value is MISSING else value
 
-    def peek(self, key, default=None):
+    def peek(self, key: Any, default: Any = None) -> Any:
         """As ``get``, but it counts neither as a use nor as a hit or miss."""
         if self.guard[0] != self.token:
             self._enter_process()
         value = self._lookup(key, _QUIET)
         return default if value is MISSING else value
 
-    def __contains__(self, key):
+    def __contains__(self, key: Any) -> bool:
         """Whether a key is there; not a use.  O(1)."""
         if self.guard[0] != self.token:
             self._enter_process()
-        return self._lookup(key, _QUIET) is not MISSING
+        return self._lookup(key, _PROBE) is not MISSING
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         """As ``get``; KeyError when absent."""
         if self.guard[0] != self.token:
             self._enter_process()
@@ -1873,7 +2033,7 @@ class Slab:
             raise KeyError(key)
         return value
 
-    def set(self, key, value, ttl=...):
+    def set(self, key: Any, value: Any, ttl: Ttl = ...) -> None:
         """Store a value, in place of the key's former one if any.
 
         ``ttl``: seconds (float) after which the entry expires; left out, the cache's
@@ -1885,25 +2045,25 @@ class Slab:
             self._enter_process()
         self._put(key, value, ttl, _ANY, 0)
 
-    def __setitem__(self, key, value):
+    def __setitem__(self, key: Any, value: Any) -> None:
         """As ``set`` with the cache's default TTL."""
         if self.guard[0] != self.token:
             self._enter_process()
         self._put(key, value, ..., _ANY, 0)
 
-    def add(self, key, value, ttl=...):
+    def add(self, key: Any, value: Any, ttl: Ttl = ...) -> bool:
         """Store only if the key is absent; whether it was stored.  Atomic.  O(1)."""
         if self.guard[0] != self.token:
             self._enter_process()
         return self._put(key, value, ttl, _ADD, 0) != 0
 
-    def replace(self, key, value, ttl=...):
+    def replace(self, key: Any, value: Any, ttl: Ttl = ...) -> bool:
         """Store only if the key is there; whether it was stored.  Atomic.  O(1)."""
         if self.guard[0] != self.token:
             self._enter_process()
         return self._put(key, value, ttl, _REPLACE, 0) != 0
 
-    def gets(self, key):
+    def gets(self, key: Any) -> tuple[Any, int | None]:
         """``(value, token)`` for ``cas``; ``(None, None)`` when absent.  O(1).
 
         The token names this very version of the entry, and no other ever again.
@@ -1945,30 +2105,36 @@ class Slab:
             return None, None
         return decode_tagged(self.codec, tag, data), version
 
-    def cas(self, key, value, token, ttl=...):
-        """Store only if the entry is still the one that ``gets`` returned with this
-        token (None: if the key is still absent); whether it was stored.  O(1).
+    def cas(self, key: Any, value: Any, token: Any, ttl: Ttl = ...) -> bool:
+        """Store only if the entry is unchanged; whether it was stored.  O(1).
+
+        ``token`` is from ``gets``: the entry must still be the one that was returned
+        with it; None: the key must still be absent.
         """
         if self.guard[0] != self.token:
             self._enter_process()
         if token is None:
             return self._put(key, value, ttl, _ADD, 0) != 0
+        if type(token) is not int:
+            raise TypeError(f"token must be one that gets() returned, not {token!r}")
+        if not 0 < token <= L.MASK64:
+            token = 0  # of no entry, as any other that gets() did not return
         return self._put(key, value, ttl, _CAS, token) != 0
 
-    def delete(self, key):
+    def delete(self, key: Any) -> bool:
         """Remove an entry; whether it was there.  O(1)."""
         if self.guard[0] != self.token:
             self._enter_process()
         return self._take(key, False) is not MISSING
 
-    def __delitem__(self, key):
+    def __delitem__(self, key: Any) -> None:
         """As ``delete``; KeyError when absent."""
         if self.guard[0] != self.token:
             self._enter_process()
         if self._take(key, False) is MISSING:
             raise KeyError(key)
 
-    def pop(self, key, default=MISSING):
+    def pop(self, key: Any, default: Any = MISSING) -> Any:
         """Remove an entry and return its value; ``default``, or KeyError, when absent.
 
         Of several processes that pop one key, one gets the value.  O(1).
@@ -1982,7 +2148,7 @@ class Slab:
             return default
         return value
 
-    def touch(self, key, ttl=...):
+    def touch(self, key: Any, ttl: Ttl = ...) -> bool:
         """Give an entry a new time to live from now on; whether it was there.
 
         It is a use, too: the entry becomes the most recently used.  O(1).
@@ -2017,7 +2183,7 @@ class Slab:
         self._end(s, b)
         return slot != 0
 
-    def ttl(self, key):
+    def ttl(self, key: Any) -> Any:
         """Seconds an entry has left, None for "never"; KeyError when absent.  O(1)."""
         if self.guard[0] != self.token:
             self._enter_process()
@@ -2043,11 +2209,14 @@ class Slab:
             return None
         return (expires - now) / 1e9
 
-    def incr(self, key, delta=1, *, initial=None, ttl=...):
+    def incr(
+        self, key: Any, delta: Any = 1, *, initial: Any = None, ttl: Ttl = ...
+    ) -> Any:
         """Add to a number, atomically over all processes; the new number.  O(1).
 
         Absent: ``initial + delta`` is stored, or KeyError without ``initial``.
-        ``ttl`` left out keeps an entry's expiry.  An int and a float make a float.
+        ``ttl`` left out keeps an entry's expiry (in a sliding cache it is a hit that
+        renews it).  An int and a float make a float.
         Raises TypeError when the value is not a number, OverflowError when the int
         leaves 64 bits; nothing is changed then.
         """
@@ -2064,6 +2233,11 @@ class Slab:
             raise TypeError(
                 f"delta and initial must be int or float, not {delta!r} and {initial!r}"
             )
+        if _is_far(delta) or _is_far(initial):
+            raise OverflowError(
+                "delta or initial is so far beyond 64 bits that the sum must be, too;"
+                " use smaller numbers"
+            )
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
         h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
@@ -2074,6 +2248,8 @@ class Slab:
         b: Index = self._base(s)
         expires: Word = now + ns if ns else _NEVER
         word: cython.uint = _pack_ttl(ns)
+        if not self._fits(len(kb), 8):
+            self._refuse(s, b, len(kb), 8)
         number = None
         old = None
         tag: cython.uint = _TAG_INT
@@ -2094,6 +2270,8 @@ class Slab:
                 if ttl is ...:
                     expires = self.w64[v + 1]
                     word = self.w32[2 * v + _F_TTL]
+                    if self.sliding and word and now + _unpack_ttl(word) > expires:
+                        expires = now + _unpack_ttl(word)
             else:
                 number = fresh
             if number is not None:
@@ -2116,15 +2294,17 @@ class Slab:
             raise OverflowError(
                 f"{number} does not fit into 64 bits; set() a smaller number first"
             )
-        if ttl is ... and self.sliding and slot:
-            self._lookup(key, _USE)
         return number
 
-    def decr(self, key, delta=1, *, initial=None, ttl=...):
+    def decr(
+        self, key: Any, delta: Any = 1, *, initial: Any = None, ttl: Ttl = ...
+    ) -> Any:
         """Subtract from a number: ``incr`` with ``-delta``."""
-        return self.incr(key, -delta, initial=initial, ttl=ttl)
+        if type(delta) is int or type(delta) is float:
+            delta = -delta
+        return self.incr(key, delta, initial=initial, ttl=ttl)
 
-    def get_many(self, keys):
+    def get_many(self, keys: Any) -> Any:
         """A dict of those of the keys that are there.  O(keys)."""
         if self.guard[0] != self.token:
             self._enter_process()
@@ -2135,14 +2315,20 @@ class Slab:
                 found[key] = value
         return found
 
-    def set_many(self, mapping, ttl=...):
+    def set_many(self, mapping: Any, ttl: Ttl = ...) -> None:
         """Store several entries, each by itself.  O(entries)."""
         if self.guard[0] != self.token:
             self._enter_process()
+        if not hasattr(mapping, "items"):
+            raise TypeError(
+                f"set_many() takes a mapping, not a {type(mapping).__qualname__};"
+                " make a dict of pairs"
+            )
+        self._ttl(ttl)  # refused also if there is nothing to store
         for key, value in mapping.items():
             self._put(key, value, ttl, _ANY, 0)
 
-    def delete_many(self, keys):
+    def delete_many(self, keys: Any) -> int:
         """Remove several entries; how many were there.  O(keys)."""
         if self.guard[0] != self.token:
             self._enter_process()
@@ -2157,8 +2343,11 @@ class Slab:
         return self.guard[0] == self.token
 
     def _take_news(self) -> Any:
-        """What _mend noted since the last call: tuples of shard, token of the dead
-        holder or 0, whether lists were rebuilt, entries dropped, ns it took."""
+        """What _mend noted since the last call.
+
+        Tuples of shard, token of the dead holder or 0, whether lists were rebuilt,
+        entries dropped, ns it took.
+        """
         news, self.news = self.news, []
         self.has_news = False
         return news
@@ -2166,8 +2355,10 @@ class Slab:
     # --- steps: pieces of work that Cache repeats, each a short hold of one lock -----
 
     def _step(self, s: int, limit: int) -> int:
-        """Apply our touches to a shard and retire up to ``limit`` expired entries;
-        how many went, or -1 if no more are due."""
+        """Apply our touches to a shard, and retire up to ``limit`` expired entries.
+
+        How many went, or -1 if no more are due.
+        """
         now: Word = self._now()
         b: Index = self._base(s)
         removed: Index = 0
@@ -2176,7 +2367,7 @@ class Slab:
         try:
             due = self.w64[b + _S_DUE]
             if limit and due and now >= due:
-                removed = self._reclaim(b, now, limit)
+                removed = self._reclaim(b, now, limit, True)
                 due = self.w64[b + _S_DUE]
         except BaseException as error:
             self._abort(s, b, error)
@@ -2243,11 +2434,13 @@ class Slab:
     def _clear_step(
         self, s: int, bucket: int, limit: int, newest: int, kind: int, prefix: bytes
     ) -> Any:
-        """Retire the entries of some buckets whose version is at most ``newest`` and
-        whose key is of a kind (0: any) and begins with a prefix.
+        """Clear up to about ``limit`` entries of a shard from a bucket on.
 
-        Returns the next bucket, or -1 at the end, and how many went.
+        Those whose version is at most ``newest``, and whose key is of a kind (0: any)
+        and begins with a prefix.
+        Returns the next bucket, or -1 at the end, and how many live ones went.
         """
+        now: Word = self._now()
         b: Index = self._base(s)
         bb: Index = bucket
         room: Index = limit
@@ -2277,8 +2470,11 @@ class Slab:
                             == prefix
                         )
                     ):
-                        self._retire(b, slot, _CLEARED)
-                        n += 1
+                        if self.w64[v + 1] <= now:
+                            self._retire(b, slot, _EXPIRED)
+                        else:
+                            self._retire(b, slot, _CLEARED)
+                            n += 1
                     slot = after
                     steps += 1
                     if steps > self.slots:
@@ -2290,8 +2486,10 @@ class Slab:
         return (bb if bb < self.slots else -1), n
 
     def _pop_oldest(self, s: int) -> Any:
-        """Take the least recently used live entry of a shard: kind, key bytes, tag,
-        value bytes; None when the shard is empty."""
+        """Take the least recently used live entry of a shard.
+
+        Kind, key bytes, tag, value bytes; None when the shard is empty.
+        """
         now: Word = self._now()
         b: Index = self._base(s)
         key: bytes = b""
@@ -2360,8 +2558,11 @@ class Slab:
     # Claims of get_or_set: a small open table of (hash, token) under the lock.
 
     def _claim(self, s: int, h: int, dead: int) -> int:
-        """Claim the computation of a key: 0 when it is ours now, else the token of the
-        worker that has it, or of ``dead``'s successor; 1 when the table is crowded."""
+        """Claim the computation of a key, unless another has it.
+
+        0 when it is ours now, else the token of the worker that has it; 1 when the
+        table is crowded.  A claim of ``dead`` is taken over.
+        """
         b: Index = self._base(s)
         hh: Word = h
         gone: Word = dead
@@ -2403,12 +2604,47 @@ class Slab:
                 self.w64[at] = 0
         self._end(s, b)
 
+    def _claimants(self, s: int) -> Any:
+        """The tokens of those who have claims in a shard; a look without the lock."""
+        b: Index = self._base(s)
+        i: Index
+        return {self.w64[b + _S_CLAIMS + 2 * i + 1] for i in range(_CLAIMS)} - {0}
+
+    def _disclaim(self, s: int, gone: int) -> None:
+        """Give all claims of a dead worker back."""
+        b: Index = self._base(s)
+        dead: Word = gone
+        cython.declare(at=Index, i=Index)
+        self._begin(s, b)
+        for i in range(_CLAIMS):
+            at = b + _S_CLAIMS + 2 * i
+            if self.w64[at + 1] == dead:
+                self._put_word(at + 1, 0)
+                self.w64[at] = 0
+        self._end(s, b)
+
     def _key_hash(self, key: Any) -> Any:
         """(kind, bytes, hash, shard) of a key."""
         kb = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
         h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
         return kind, kb, h, self._shard(h)
+
+
+@cython.cfunc
+def _is_far(number: object) -> cython.bint:
+    # Whether an int is of more than 64 bits: no sum of it and 64 bits is within 64.
+    if type(number) is not int:
+        return False
+    if cython.compiled:
+        word: cython.longlong
+        try:
+            word = number
+        except OverflowError:
+            pass
+        else:
+            return word == 0 and number != 0
+    return number.bit_length() > 64
 
 
 @cython.cfunc

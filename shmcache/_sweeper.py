@@ -49,9 +49,7 @@ class Sweeper:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self._due: weakref.WeakKeyDictionary[Cache, float] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._due: weakref.WeakKeyDictionary[Cache, float] = weakref.WeakKeyDictionary()
         self._wake = threading.Event()
         self._lock = threading.RLock()  # signal handlers may use caches, too
         self._thread: threading.Thread | None = None
@@ -76,10 +74,16 @@ class Sweeper:
         if self._thread is not None and self._thread.is_alive():
             return
         self._stop = False
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._run, name="shmcache-sweeper", daemon=True
         )
-        self._thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            # No more threads for this user, or none any more at the end of a process.
+            log.info("no sweeper, inserts sweep as they go: %s", error)
+        else:
+            self._thread = thread
 
     def pause(self) -> None:
         """End the thread, for a fork or the end of the process."""
@@ -98,13 +102,16 @@ class Sweeper:
                 self._start()
 
     def _run(self) -> None:
-        while not self._stop:
+        while True:
             self._wake.clear()
+            if self._stop:  # after the bell was cleared, or its ring would be lost
+                return
             with self._lock:
                 work = list(self._due.items())
-            if not work:
-                # Nobody is left: the next watch() starts another thread.
-                return
+                if not work:
+                    # Nobody is left: the next watch() starts another thread.
+                    self._thread = None
+                    return
             now = time.monotonic()
             for cache, due in work:
                 if due <= now and not self._stop:
@@ -117,8 +124,8 @@ class Sweeper:
         again = time.monotonic() + cache.cleanup_interval
         try:
             if not cache.closed:
-                cache._tend(STEP_BUDGET)  # noqa: SLF001
-                if cache._behind():  # noqa: SLF001
+                cache._tend(STEP_BUDGET)
+                if cache._behind():
                     again = time.monotonic() + 0.01
         except CacheClosed:
             pass

@@ -33,19 +33,23 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shmcache import _layout as L
 from shmcache import _segment
-from shmcache._segment import Block, Header, Names, Settings
 from shmcache.errors import (
     LockTimeout,
     SegmentCorrupt,
     SegmentNotFound,
     TooManyWorkers,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from shmcache._block import Block
+    from shmcache._segment import Header, Names, Settings
 
 log = logging.getLogger("shmcache")
 
@@ -70,12 +74,7 @@ class Lease:
 
     def current(self) -> bool:
         """Whether the descriptor is open on the file that has the name now."""
-        try:
-            found = os.stat(self._path, follow_symlinks=False)
-            ours = os.fstat(self.fd)
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
+        return _segment.leads_to(self._path, self.fd)
 
     def try_lock(self, byte: int) -> bool:
         try:
@@ -131,6 +130,17 @@ def mutex() -> threading.RLock:
 _attachments: dict[str, Attachment] = {}
 
 
+def _referred(names: Names) -> Attachment | None:
+    # This process's attachment, with a reference more.  The collector may finalize
+    # its last user at any moment, until the reference is there, and close it.
+    known = _attachments.get(names.segment)
+    if known:
+        known.references += 1
+        if _attachments.get(names.segment) is not known:
+            known = None
+    return known
+
+
 class Attachment:
     """One segment as one process, and each process forked from it, uses it."""
 
@@ -150,6 +160,9 @@ class Attachment:
         # threads: who is inside which shard, and who computes which key.
         self.owners: dict[int, int] = {}
         self.flights: dict[int, Any] = {}
+        # Hits of this process that wait to be applied, for all its Cache objects: see
+        # touch_buffers.
+        self.touches: tuple[memoryview, memoryview, memoryview] | None = None
 
     # --- life -----------------------------------------------------------------------
 
@@ -167,17 +180,23 @@ class Attachment:
         others and is to be used again.
         """
         with mutex():
-            known = _attachments.get(names.segment)
-            if known and known.usable():
-                if settings:
-                    known.header.settings.require_same(settings, names.cache)
-                known.enter()
-                known.references += 1
-                return known
+            known = _referred(names)
+            if known:
+                try:
+                    if known.usable():
+                        if settings:
+                            known.header.settings.require_same(settings, names.cache)
+                        known.enter()
+                        return known
+                except BaseException:
+                    known.release()
+                    raise
+                known.release()
             self = cls._opened(names)
             try:
                 self._find_or_create(settings, now, prepare)
             except BaseException:
+                self._remove_lone_lease()
                 self._close_files()
                 raise
             self._release_admin()
@@ -209,12 +228,14 @@ class Attachment:
         now: int,
         prepare: Callable[[Attachment], None],
     ) -> None:
+        from shmcache._block import Block
+
         names = self.names
         in_use = self.lease.holder(_ROW, L.ROWS) is not None
         warm = False
         try:
             self.block = Block(names)
-            self.header = _segment.read_header(names, self.block.buf)
+            self.header = _segment.read_header(names, self.block.view)
         except FileNotFoundError:
             if settings is None:
                 self._remove_lease()
@@ -233,7 +254,7 @@ class Attachment:
             elif settings:
                 self.header.settings.require_same(settings, names.cache)
             warm = not in_use and self.header.settings.persist
-        self.words = self.block.buf.cast("Q")
+        self.words = self.block.view.cast("Q")
         if warm:
             self._reset()
         self.enter()
@@ -250,7 +271,7 @@ class Attachment:
 
     def _create(self, settings: Settings, now: int) -> None:
         self.block = _segment.create(self.names, settings, self.lease.inode, now)
-        self.header = _segment.read_header(self.names, self.block.buf)
+        self.header = _segment.read_header(self.names, self.block.view)
         log.info(
             "created cache %s: %d bytes, %d shards",
             self.names.cache,
@@ -287,8 +308,11 @@ class Attachment:
                 self.words[base + L.S_CLAIMS + i] = 0
 
     def usable(self) -> bool:
-        """Whether new users of the name would come to this very segment."""
-        return self.lease.current()
+        """Whether new users of the name would come to this very segment.
+
+        A segment left by the dead is replaced beside the lease file, which stays.
+        """
+        return self.lease.current() and self.block.current(self.names)
 
     def entered(self) -> bool:
         """Whether this process, not one that forked it, has the token."""
@@ -300,10 +324,13 @@ class Attachment:
             if self.entered():
                 return
             with self.admin():
-                if not self.lease.current():
+                if not self.usable():
                     raise SegmentNotFound(self.names.cache)
                 self.owners.clear()
                 self.flights.clear()
+                if self.touches:  # they are of the process that forked us
+                    for shard in range(len(self.touches[2])):
+                        self.touches[2][shard] = 0
                 row = self._free_row()
                 self.row = (L.ROWS_AT + row * L.ROW_SIZE) // 8
                 self.words[L.H_INCARNATION] += 1
@@ -353,10 +380,19 @@ class Attachment:
             row = (self.token & 0xFFFF) - 1
             self.guard[0] = 0
             self._fold(row)
+            # Still under the admin lock: else two that leave together would each see
+            # the other's lease, and neither would be the last.
+            self.lease.unlock(_ROW + row)
             if self.header.settings.persist or not self.lease.current():
                 return
             if self.lease.holder(_ROW, L.ROWS) is None:
                 _segment.remove(self.names, self.header.geometry.shards)
+                self._remove_lease()
+
+    def _remove_lone_lease(self) -> None:
+        # Under the admin lock: without a segment a lease file is of no use to anybody.
+        if not os.path.exists(self.names.segment_path) and self.lease.current():
+            if self.lease.holder(_ROW, L.ROWS) is None:
                 self._remove_lease()
 
     def _remove_lease(self) -> None:
@@ -400,7 +436,7 @@ class Attachment:
 
     @contextmanager
     def recovery(self, shard: int) -> Iterator[None]:
-        """Hold the right to take a shard over (for engines without compare-and-swap)."""
+        """Hold the right to take a shard over, for engines without compare-and-swap."""
         with mutex():
             self.lease.wait(_RECOVERY + shard, f"recovery of shard {shard}")
             try:
@@ -459,7 +495,7 @@ class Attachment:
         return reaped
 
     def _fold(self, row: int) -> None:
-        # Add a row's counters to the totals of the gone, and free the row.  The sums are
+        # Add a row's counters to the totals of the gone; free the row.  The sums are
         # written to the bank that does not count, with the row's token; one store makes
         # it the one that counts.  Whoever dies before that store has done nothing, and
         # after it the token tells the next one that only the clearing is left.
@@ -504,7 +540,7 @@ def _fork_guard() -> tuple[mmap.mmap, memoryview]:
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     words = memoryview(page).cast("Q")
     try:
-        page.madvise(mmap.MADV_WIPEONFORK)
+        page.madvise(mmap.MADV_WIPEONFORK)  # type: ignore[attr-defined]
     except (AttributeError, OSError):
         # Before Linux 4.14, or under an emulated kernel: forks in C go unnoticed.
         def wipe() -> None:

@@ -6,7 +6,6 @@ a call can afford: settings, life, iteration, single flight, statistics.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import os
@@ -19,7 +18,6 @@ import weakref
 from collections.abc import (
     Callable,
     ItemsView,
-    Iterable,
     Iterator,
     KeysView,
     Mapping,
@@ -27,8 +25,7 @@ from collections.abc import (
     ValuesView,
 )
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import posix_ipc
 
@@ -38,7 +35,14 @@ from shmcache._codec import decode_key, decode_tagged, encode_key, make_codec
 from shmcache._flight import Flight
 from shmcache._memoize import Memoized
 from shmcache._segment import Names, Settings
-from shmcache._slab import MISSING, Slab, compiled, ttl_to_ns
+from shmcache._slab import (
+    MISSING,
+    Slab,
+    close_semaphores,
+    compiled,
+    touch_buffers,
+    ttl_to_ns,
+)
 from shmcache._sweeper import sweeper
 from shmcache._workers import Attachment, mutex
 from shmcache.errors import (
@@ -49,6 +53,9 @@ from shmcache.errors import (
     UnsupportedPlatform,
 )
 
+if TYPE_CHECKING:
+    from types import FrameType
+
 log = logging.getLogger("shmcache")
 
 # A step of sweep, clear or iteration holds a lock for about this many entries:
@@ -56,7 +63,9 @@ log = logging.getLogger("shmcache")
 STEP = 64
 MIN_CLEANUP, MAX_CLEANUP = 1.0, 300.0
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_SIZE = re.compile(
+    r"([0-9]{1,30})(?:\.([0-9]{1,30}))?\s*(?:([kmgt])(i?))?b?", re.IGNORECASE
+)
 
 
 def parse_size(size: Any, what: str = "max_bytes") -> int:
@@ -64,16 +73,20 @@ def parse_size(size: Any, what: str = "max_bytes") -> int:
     if isinstance(size, int) and not isinstance(size, bool):
         number = size
     elif isinstance(size, str) and (match := _SIZE.fullmatch(size.strip())):
-        digits, prefix, binary = match.groups()
+        whole, part, prefix, binary = match.groups("")
         base = 1000 if prefix and not binary and size.strip()[-1] in "bB" else 1024
-        number = int(float(digits) * base ** " kmgt".index(prefix.lower() or " "))
+        unit = base ** " kmgt".index(prefix.lower() or " ")
+        number = int(whole + part) * unit // 10 ** len(part)
     else:
-        raise TypeError(
+        refused = ValueError if isinstance(size, str) else TypeError
+        raise refused(
             f'{what} must be a number of bytes or a text such as "64 MiB", not {size!r}'
         )
     if number <= 0:
-        raise ValueError(f"{what} must be over 0, not {size!r}; leave it out for the"
-                         " default of 512 bytes an entry")
+        raise ValueError(
+            f"{what} must be over 0, not {size!r}; leave it out for the"
+            " default of 512 bytes an entry"
+        )
     return number
 
 
@@ -83,6 +96,27 @@ def _count(value: Any, what: str, low: int, high: int, hint: str) -> int:
     if not low <= value <= high:
         raise ValueError(f"{what} must be from {low} to {high}, not {value}; {hint}")
     return value
+
+
+def _flag(value: Any, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, not {value!r}")
+    return value
+
+
+def _check_budget(seconds: Any, what: str) -> None:
+    # A time to spend, or to wait; unlike a TTL it may be 0, or without a bound.
+    if seconds is None:
+        return
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(
+            f"{what} must be a number of seconds, or None for no limit,"
+            f" not {seconds!r}"
+        )
+    if not seconds >= 0:
+        raise ValueError(
+            f"{what} must be 0 seconds or more, or None for no limit, not {seconds!r}"
+        )
 
 
 def _plan(
@@ -108,12 +142,11 @@ def _plan(
     else:
         size = parse_size(max_bytes)
     ttl_ns = 0 if ttl is None else ttl_to_ns(ttl)
-    if isinstance(jitter, bool) or not isinstance(jitter, (int, float)):
-        raise TypeError(f"jitter must be a number from 0 to 1, not {jitter!r}")
-    if not 0 <= jitter < 1:
-        raise ValueError(
-            f"jitter must be from 0 to below 1, not {jitter!r}: it is the largest part"
-            " by which a TTL is shortened, 0.1 for 10 %"
+    number = isinstance(jitter, (int, float)) and not isinstance(jitter, bool)
+    if not number or not 0 <= jitter < 1:
+        raise (ValueError if number else TypeError)(
+            f"jitter must be a number from 0 to below 1, not {jitter!r}: it is the"
+            " largest part by which a TTL is shortened, 0.1 for 10 %"
         )
     if cleanup_interval is None:
         seconds = math.inf if ttl is None else ttl / 4
@@ -125,17 +158,17 @@ def _plan(
         _count(shards, "shards", 1, L.MAX_SHARDS, hint)
         if max_entries and shards > max_entries:
             raise ValueError(
-                f"{shards} shards cannot share {max_entries} entries; {hint}"
+                f"shards={shards} cannot share {max_entries} entries; {hint}"
             )
     settings = Settings(
         max_entries=max_entries,
         max_bytes=size,
         ttl_ns=ttl_ns,
-        sliding=bool(sliding),
+        sliding=_flag(sliding, "sliding"),
         jitter_ppm=round(jitter * 1_000_000),
         cleanup_ns=ttl_to_ns(cleanup_interval, "cleanup_interval"),
         shards=shards,
-        persist=bool(persist),
+        persist=_flag(persist, "persist"),
         codec=codec,
     )
     geometry = settings.geometry
@@ -146,8 +179,8 @@ def _plan(
         )
     if geometry.blocks > L.MAX_INDEX:
         raise ValueError(
-            f"a shard of {geometry.blocks:,} blocks is over {L.MAX_INDEX:,};"
-            " raise shards"
+            f"max_bytes of {size} makes {geometry.blocks} blocks a shard, which is"
+            f" over {L.MAX_INDEX}; raise shards, or lower max_bytes"
         )
     return settings
 
@@ -248,6 +281,7 @@ class Cache(Slab):
             persist,
             chosen.name,
         )
+        self._given_codec = None if isinstance(codec, str) else codec
         self._open(name, settings, chosen, lock_timeout, clock)
 
     @classmethod
@@ -265,6 +299,7 @@ class Cache(Slab):
         """
         self = cls.__new__(cls)
         chosen = None if codec is None else make_codec(codec)
+        self._given_codec = None if isinstance(codec, str) else codec
         self._open(name, None, chosen, lock_timeout, clock)
         return self
 
@@ -315,9 +350,11 @@ class Cache(Slab):
             )
         self._attachment = attachment
         self._settings = settings
+        if attachment.touches is None:
+            attachment.touches = touch_buffers(settings.shards)
         self.cleanup_interval = settings.cleanup_ns / 1e9
         self._bind(
-            attachment.block.buf,
+            attachment.block.view,
             header.geometry,
             settings.capacities(),
             header.seed,
@@ -330,11 +367,22 @@ class Cache(Slab):
                 epoch_ns=header.epoch_ns,
                 lock_timeout_ns=self._timeout_ns,
             ),
+            attachment.touches,
         )
-        self._open_semaphores(
-            [self._names.semaphore(shard) for shard in range(settings.shards)]
-        )
+        self._reopen_semaphores()
         self.closed = False
+
+    def _reopen_semaphores(self) -> None:
+        # Also after a fork: if all users died, and the forked one was none yet, those
+        # who came then made new semaphores.
+        self._close_semaphores()
+        self._opener = os.getpid()
+        shards = self._settings.shards
+        opened = self._open_semaphores(
+            [self._names.semaphore(shard) for shard in range(shards)]
+        )
+        # For a cache that is dropped without close(); after close() it does nothing.
+        weakref.finalize(self, close_semaphores, opened).atexit = False
 
     def _revive(self, attachment: Attachment) -> None:
         # Under the admin lock, and nobody else is there: the dead may have left any
@@ -384,6 +432,8 @@ class Cache(Slab):
                 " Cache object to use it again"
             )
         with mutex():
+            if self._is_joined():
+                return  # another thread was first
             if not self._attachment.entered():
                 if not self._attachment.words:
                     self.closed = True
@@ -396,15 +446,19 @@ class Cache(Slab):
                 except SegmentNotFound:
                     # Forked from a process that has gone since and took the segment
                     # with it: the forked ones meet in a new one of the same name.
-                    self._finalizer.detach()
+                    leave = self._finalizer
+                    self._close_semaphores()
                     self._attach(self._settings)
+                    leave()
+            if self._opener != os.getpid():
+                self._reopen_semaphores()
             self._adopt()
         sweeper().watch(self)
 
     def close(self) -> None:
-        """Leave the cache in this process; the last process to leave removes it,
-        unless ``persist`` was asked for.
+        """Leave the cache in this process.
 
+        The last process to leave removes it, unless ``persist`` was asked for.
         Calling it twice is fine; any other use afterwards raises CacheClosed.
         """
         with mutex():
@@ -448,9 +502,11 @@ class Cache(Slab):
     def __reduce__(self) -> Any:
         """Pickles as its name: the other process attaches to the same segment."""
         return _attached, (
+            type(self),
             self.name,
             self._timeout_ns / 1e9,
             self._given_clock,
+            self._given_codec,
         )
 
     def __repr__(self) -> str:
@@ -470,13 +526,13 @@ class Cache(Slab):
         owner = attachment.owners.get(s)
         if owner == threading.get_ident():
             return True  # not a nested call, see _check_reentry
-        frame = sys._current_frames().get(owner or 0)  # noqa: SLF001
+        frame = sys._current_frames().get(owner or 0)
         return not any(_in_engine(f) for f in _frames(frame))
 
     def _check_reentry(self, s: int) -> None:
         if self._attachment.owners.get(s) != threading.get_ident():
             return
-        frames = _frames(sys._getframe())  # noqa: SLF001
+        frames = _frames(sys._getframe())
         for frame in frames:
             if not frame.f_globals.get("__name__", "").startswith("shmcache."):
                 break
@@ -588,6 +644,15 @@ class Cache(Slab):
         value = self.get(key, MISSING)
         if value is not MISSING:
             return value
+        # Refused before the work is done.
+        if not callable(factory):
+            raise TypeError(
+                f"factory must be callable, not {factory!r}; for a value that is"
+                " there already use setdefault()"
+            )
+        if ttl is not ... and ttl is not None:
+            ttl_to_ns(ttl)
+        _check_budget(timeout, "timeout")
         flight = Flight(self, key, threading.get_ident(), timeout)
         with flight.landing():
             for pause in flight.pauses():
@@ -601,6 +666,8 @@ class Cache(Slab):
         self, key: Any, factory: Callable[[], Any], ttl: Any
     ) -> Any:
         # As get_or_set, for a coroutine function; waiting leaves the loop free.
+        import asyncio
+
         value = self.get(key, MISSING)
         if value is not MISSING:
             return value
@@ -636,6 +703,12 @@ class Cache(Slab):
         """
         if callable(ttl):
             raise TypeError("memoize needs its parentheses: @cache.memoize()")
+        if ttl is not ... and ttl is not None:
+            ttl_to_ns(ttl)
+        if key is not None and not callable(key):
+            raise TypeError(
+                f"key must be callable, as it makes the key of a call, not {key!r}"
+            )
 
         def decorate(function: Callable[..., Any]) -> Memoized:
             return Memoized(self, function, ttl, key, typed)
@@ -680,6 +753,7 @@ class Cache(Slab):
         in short holds of one lock.  Each process does this by itself from time to time.
         """
         self._require_open()
+        _check_budget(budget, "budget")
         started = time.monotonic()
         removed = 0
         for shard in range(self._settings.shards):
@@ -748,15 +822,15 @@ class Cache(Slab):
 
     def keys(self) -> KeysView[Any]:
         """The keys, as a view: ``len``, ``in``, iteration."""
-        return KeysView(self)  # type: ignore[arg-type] # a Mapping by registration
+        return KeysView(self)
 
     def values(self) -> ValuesView[Any]:
         """The values, as a view."""
-        return _Values(self)  # type: ignore[arg-type]
+        return _Values(self)
 
     def items(self) -> ItemsView[Any, Any]:
         """The pairs of key and value, as a view; each pair was so at one moment."""
-        return _Items(self)  # type: ignore[arg-type]
+        return _Items(self)
 
     # --- seeing ---------------------------------------------------------------------
 
@@ -830,7 +904,7 @@ class Cache(Slab):
         """
         self._require_open()
         geometry = self._attachment.header.geometry
-        buffer = self._attachment.block.buf
+        buffer = self._attachment.block.view
         with mutex(), self._attachment.admin():
             head = bytes(buffer[: geometry.shards_at])
         findings = _check.check_header(head)
@@ -851,25 +925,40 @@ class _EngineSettings:
 
 
 class _Values(ValuesView[Any]):
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
     def __iter__(self) -> Iterator[Any]:
-        cache: Any = self._mapping
-        for _, _, tag, data in cache._entries(values=True):  # noqa: SLF001
-            yield decode_tagged(cache._codec, tag, data)  # noqa: SLF001
+        for _, _, tag, data in self._cache._entries(values=True):
+            yield decode_tagged(self._cache._codec, tag, data)
 
     def __contains__(self, value: object) -> bool:
         return any(v is value or v == value for v in self)
 
 
 class _Items(ItemsView[Any, Any]):
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        cache: Any = self._mapping
-        for kind, key, tag, data in cache._entries(values=True):  # noqa: SLF001
-            yield decode_key(kind, key), decode_tagged(cache._codec, tag, data)  # noqa: SLF001
+        codec = self._cache._codec
+        for kind, key, tag, data in self._cache._entries(values=True):
+            yield decode_key(kind, key), decode_tagged(codec, tag, data)
 
     def __contains__(self, item: object) -> bool:
-        key, value = item  # type: ignore[misc]
-        found = self._mapping.peek(key, MISSING)  # type: ignore[attr-defined]
-        return found is not MISSING and (found is value or found == value)
+        if not isinstance(item, tuple) or len(item) != 2:
+            return False
+        try:
+            found = self._cache.peek(item[0], MISSING)
+        except UnsupportedKey:
+            return False
+        return found is not MISSING and bool(found is item[1] or found == item[1])
 
 
 MutableMapping.register(Cache)
@@ -884,20 +973,29 @@ def _nanoseconds(clock: Callable[[], float] | None) -> Callable[[], int] | None:
             f"clock must be callable, such as time.monotonic_ns, not {clock!r}"
         )
     first = clock()
-    if isinstance(first, int):
-        return clock  # type: ignore[return-value]
-    if not isinstance(first, float):
+    if isinstance(first, bool) or not isinstance(first, (int, float)):
         raise TypeError(
             f"clock() returned {first!r}; it must return nanoseconds as an int or"
             " seconds as a float"
         )
+    if not 0 <= first < math.inf:
+        raise ValueError(
+            f"clock() returned {first!r}; use one that counts up from 0, such as"
+            " time.monotonic_ns"
+        )
+    if isinstance(first, int):
+        return clock  # type: ignore[return-value]
     return lambda: round(clock() * 1e9)
 
 
 def _attached(
-    name: str, lock_timeout: float, clock: Callable[[], float] | None
+    kind: type[Cache],
+    name: str,
+    lock_timeout: float,
+    clock: Callable[[], float] | None,
+    codec: Any,
 ) -> Cache:
-    return Cache.attach(name, lock_timeout=lock_timeout, clock=clock)
+    return kind.attach(name, lock_timeout=lock_timeout, clock=clock, codec=codec)
 
 
 def _what_happened(dead: int, pid: int) -> str:

@@ -9,11 +9,11 @@
     ├── SegmentRefused(PermissionError) another user's, or readable by others
     ├── OutOfSharedMemory(MemoryError)  /dev/shm has no room for the segment
     ├── TooManyWorkers                  all worker rows are taken
-    ├── LockTimeout(TimeoutError)       a lock, or another caller's result, took too long
+    ├── LockTimeout(TimeoutError)       a lock or a result took too long
     ├── ReentrantCall(RuntimeError)     a call that would wait for itself
     ├── CacheClosed(ValueError)         use after close()
     ├── EntryTooLarge(ValueError)       the entry could never fit
-    ├── UnsupportedKey(TypeError)       a key that is not str, bytes, int or a tuple of them
+    ├── UnsupportedKey(TypeError)       no str, bytes, int or tuple of them
     ├── UnsupportedValue(TypeError)     a value the codec cannot bring back unchanged
     └── UnsupportedPlatform(OSError)    no POSIX shared memory here
 
