@@ -117,14 +117,10 @@ def _encode_tuple(key: Any, path: list) -> bytes:
             " use a flatter key"
         )
     parts: list = []
-    total: cython.Py_ssize_t = 0
     for index, element in enumerate(key):
         path.append(index)
         kind, data = _encode_key(element, path)
         path.pop()
-        total += 3 + len(data)
-        if total > _KEY_LIMIT:  # at once: what is shared can multiply without end
-            raise _key_too_large(total, path)
         parts.append(_HEAD.pack(kind, len(data)))
         parts.append(data)
     return b"".join(parts)
@@ -270,6 +266,8 @@ def _type_name(kind: Any) -> str:
 # --- msgpack --------------------------------------------------------------------
 
 _RICH = cython.declare(cython.int, 0xC1)
+# msgpack without its C code: threads switch in the midst of a Packer.
+_ATOMIC = cython.declare(cython.bint, Packer.__module__ != "msgpack.fallback")
 # A packer keeps the largest buffer that it ever needed; above this, drop it.
 _KEEP = cython.declare(cython.Py_ssize_t, 256 << 10)
 
@@ -303,7 +301,9 @@ class MsgpackCodec(Codec):
             pack = self._idle.pop()
         except IndexError:
             pack = Packer(strict_types=True).pack
-        data: bytes = _pack_plain(pack, value) or _pack_rich(pack, value)
+        data: bytes | None = _pack_plain(pack, value) if _ATOMIC else None
+        if data is None:
+            data = _pack_rich(pack, value)
         if len(data) <= _KEEP:  # and nothing was raised: it is as good as new
             self._idle.append(pack)
         return _CODEC, data
@@ -700,8 +700,11 @@ class MsgspecCodec(FunctionCodec):
             named = hasattr(type, "__qualname__") and not hasattr(type, "__origin__")
             name = _shortened(f"msgspec:{_type_name(type) if named else repr(type)}")
         decoder = msgpack.Decoder(Any if type is None else type)
+        # Without a type the simplest values are the same either way, and as they have
+        # tags of their own, incr() can add to them.
+        simple = type is None
         FunctionCodec.__init__(
-            self, name, msgpack.Encoder().encode, decoder.decode, simple=False
+            self, name, msgpack.Encoder().encode, decoder.decode, simple=simple
         )
 
 

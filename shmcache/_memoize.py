@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import secrets
 import sys
 import weakref
+from contextlib import suppress
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from shmcache.errors import UnsupportedKey
@@ -45,15 +48,10 @@ class Memoized:
         self._key = key
         self._typed = typed
         self._name = f"{function.__module__}.{function.__qualname__}"
+        self._prefix = (self._name, *self._circumstances())
         self._awaits = inspect.iscoroutinefunction(function)
         if self._awaits:
-            if sys.version_info >= (3, 12):
-                inspect.markcoroutinefunction(self)
-            else:
-                # What asyncio.iscoroutinefunction looks for on 3.11.
-                import asyncio
-
-                self._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
+            _mark_as_coroutine_function(self)
 
     def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The key under which a call's result is kept.
@@ -61,15 +59,37 @@ class Memoized:
         Raises UnsupportedKey if an argument cannot be part of a key.
         """
         if self._key is not None:
-            return (self._name, self._part(self._key(*args, **kwargs), "key()"))
+            return (*self._prefix, self._part(self._key(*args, **kwargs), "key()"))
         return (
-            self._name,
+            *self._prefix,
             *(self._part(a, f"argument {i}") for i, a in enumerate(args, 1)),
             *(
                 ("kw", name, self._part(kwargs[name], f"argument {name}"))
                 for name in sorted(kwargs)
             ),
         )
+
+    def _circumstances(self) -> Iterator[Any]:
+        # What tells functions apart that share one name: lambdas, and those made by
+        # one def inside a function.  It must be the same in all processes: the place in
+        # the source, and what can be part of a key of what the function closes over.
+        function: Any = self.__wrapped__
+        if "<" not in function.__qualname__ or not hasattr(function, "__code__"):
+            return
+        code = function.__code__
+        columns = [start for _, _, start, _ in code.co_positions() if start]
+        yield ("at", code.co_firstlineno, min(columns, default=0))
+        kept = [
+            *(function.__defaults__ or ()),
+            *(function.__kwdefaults__ or {}).values(),
+        ]
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # an empty one, as of a function's own name
+                kept.append(cell.cell_contents)
+        for value in kept:
+            if isinstance(value, (str, bytes, int, float, tuple, type, NoneType)):
+                with suppress(UnsupportedKey):
+                    yield ("by", self._part(value, "a value that is closed over"))
 
     def invalidate(self, *args: Any, **kwargs: Any) -> bool:
         """Forget a call's result; whether there was one."""
@@ -103,7 +123,7 @@ class Memoized:
         elif isinstance(value, type):
             part = ("c", f"{value.__module__}.{value.__qualname__}")
         elif (own := getattr(value, "__cache_key__", None)) is not None:
-            part = ("i", self._part(own() if callable(own) else own, what))
+            part = (*_whose(value), self._part(own() if callable(own) else own, what))
         else:
             raise UnsupportedKey(
                 f"{what} of {self._name} is a {type(value).__qualname__}, which cannot"
@@ -121,6 +141,8 @@ class _Bound:
         self.__self__ = instance
         self.__func__ = memoized
         self.__wrapped__ = functools.partial(memoized.__wrapped__, instance)
+        if memoized._awaits:
+            _mark_as_coroutine_function(self)
 
     def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As of the function, with the instance's part."""
@@ -157,9 +179,27 @@ class _Instance:
             # What __cache_key__ tells apart are the instances.
             self.part = ("c", f"{instance.__module__}.{instance.__qualname__}")
         elif own is not None:
-            self.part = ("i", *_flat(own() if callable(own) else own))
+            self.part = (*_whose(instance), *_flat(own() if callable(own) else own))
         else:
-            self.part = ("o", _identity(instance))
+            # With the PID, as from fork on the copies go their own ways.
+            self.part = ("o", os.getpid(), _identity(instance))
+
+
+def _whose(instance: Any) -> tuple[str, str]:
+    # Instances of two classes may have the same __cache_key__.
+    kind = type(instance)
+    return ("i", f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _mark_as_coroutine_function(thing: Any) -> None:
+    # For frameworks that ask before they call.
+    if sys.version_info >= (3, 12):
+        inspect.markcoroutinefunction(thing)
+    else:
+        # What asyncio.iscoroutinefunction looks for on 3.11.
+        import asyncio
+
+        thing._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
 
 
 def _flat(key: Any) -> Iterator[Any]:
@@ -175,8 +215,13 @@ def _identity(instance: Any) -> int:
         return known[1]
     address = id(instance)
     number = secrets.randbits(63)
-    _identities[address] = (
-        weakref.ref(instance, lambda _: _identities.pop(address, None)),
-        number,
-    )
+    try:
+        watch = weakref.ref(instance, lambda _: _identities.pop(address, None))
+    except TypeError as error:
+        raise UnsupportedKey(
+            f"a {type(instance).__qualname__} cannot be told from others that had its"
+            " address before: give its class a __cache_key__, or __weakref__ among its"
+            " __slots__"
+        ) from error
+    _identities[address] = watch, number
     return number

@@ -184,6 +184,9 @@ _ATTEMPTS = cython.declare(cython.int, 8)
 _SPINS = cython.declare(cython.int, 40)
 # A sleeping waiter wakes this often to see whether the holder still lives.
 _LOOK_NS = cython.declare(cython.ulonglong, 25_000_000)
+# A reader believes that the writer inside stands still after so many looks: repair of
+# a shard of 100,000 entries is done by then.
+_PATIENCE = cython.declare(cython.int, 4)
 # Stands for a dead worker that had not signed, or no longer; no token is so small.
 _UNKNOWN = cython.declare(cython.ulonglong, 1)
 
@@ -204,6 +207,7 @@ class _Missing:
 
 
 MISSING = _Missing()
+_UNSURE = _Missing()  # of a look without the lock that told nothing
 
 # Seconds, None for "never", or left out for the cache's default.
 Ttl = float | None | EllipsisType
@@ -524,20 +528,37 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _put_word(self, i: Index, value: Word) -> cython.void:
+    def _put_word(self, i: Index, value: Word) -> cython.int:
         # A 64-bit store that no other store overtakes, in either direction.
         if cython.compiled:
             store(cython.address(self.w64[i]), value)
             write_fence()
         else:
             self.w64[i] = value & _MASK64
+        return 0
 
     @cython.cfunc
     @cython.inline
-    def _count(self, i: Index, n: Word) -> cython.void:
+    def _get_word(self, i: Index) -> Word:
+        # A 64-bit load that no later load overtakes.
+        if cython.compiled:
+            return load(cython.address(self.w64[i]))
+        return self.w64[i]
+
+    @cython.cfunc
+    @cython.inline
+    def _read_fence(self) -> cython.int:
+        if cython.compiled:
+            read_fence()
+        return 0
+
+    @cython.cfunc
+    @cython.inline
+    def _count(self, i: Index, n: Word) -> cython.int:
         # Add to a counter where an exception would leave the lock behind: no word that
         # damage may have put there makes the sum too large.
         self.w64[i] = (self.w64[i] + n) & _MASK64
+        return 0
 
     @cython.cfunc
     @cython.inline
@@ -1008,9 +1029,7 @@ class Slab:
     @cython.cfunc
     def _blocks_of(self, b: Index, slot: Index) -> Index:
         r: Index = 2 * self._record(b, slot)
-        return self._need(
-            self.w32[r + _F_META] & _MAX_KEY, self.w32[r + _F_VALUE_LEN]
-        )
+        return self._need(self.w32[r + _F_META] & _MAX_KEY, self.w32[r + _F_VALUE_LEN])
 
     @cython.cfunc
     def _evict(self, b: Index, now: Word, keep: Index) -> cython.bint:
@@ -1245,7 +1264,8 @@ class Slab:
         for i in range(_WHEEL_LEVELS):
             self.w64[b + _S_WHEEL_BITS + i] = 0
         for i in range(64 * _WHEEL_LEVELS):
-            self.w32[2 * (b + _S_WHEEL_HEADS) + i] = 0
+            if self.w32[2 * (b + _S_WHEEL_HEADS) + i]:
+                self.w32[2 * (b + _S_WHEEL_HEADS) + i] = 0
         self.w64[b + _S_DUE] = _NEVER
         used: Index = 0
         entries: Word = 0
@@ -1382,20 +1402,22 @@ class Slab:
     @cython.inline
     def _acquire(self, s: Index, b: Index) -> cython.int:
         if not self._try_acquire(s, b):
-            self._wait(s, b)
+            self._wait(s, b, True)
         if self.w64[b + _S_EPOCH] & 1:
             self._mend(s, b, 0)
         return 0
 
     @cython.cfunc
-    def _wait(self, s: Index, b: Index) -> cython.int:
+    def _wait(self, s: Index, b: Index, patient: cython.bint) -> cython.bint:
         # The slow way in: spin a little, then sleep; from time to time look who holds.
+        # Who is not patient comes back with False when a living holder makes no move.
         started: Word = monotonic_ns()
         now: Word = started
         holder: Word
         last_holder: Word = 1
         turns: Word = 0
-        last_turns: Word = 0
+        last_turns: Word = self.w64[b + _S_TURNS]
+        looks: cython.int = 0
         got: cython.int = 0
         _spin: cython.int
         if cython.compiled:
@@ -1403,7 +1425,8 @@ class Slab:
                 pause()
                 if load(cython.address(self.w64[b + _S_HOLDER])) == 0:
                     if self._try_acquire(s, b):
-                        return self._waited(b, started)
+                        self._waited(b, started)
+                        return True
         elif self.w64[b + _S_HOLDER] == self.token:
             self._check_reentry(s)
         while True:
@@ -1421,16 +1444,19 @@ class Slab:
                 if cython.compiled:
                     if cas(cython.address(self.w64[b + _S_HOLDER]), 0, self.token):
                         self._count(b + _S_TURNS, 1)
-                        return self._waited(b, started)
+                        self._waited(b, started)
+                        return True
                 elif self._interpreted_hold(s, b):
-                    return self._waited(b, started)
+                    self._waited(b, started)
+                    return True
             holder = self.w64[b + _S_HOLDER]
             turns = self.w64[b + _S_TURNS]
             if got == 0:
                 if holder and self._holder_is_dead(s, holder):
                     if self._take_over(s, b, holder):
                         self._mend(s, b, holder)
-                        return self._waited(b, started)
+                        self._waited(b, started)
+                        return True
                 elif (
                     holder == 0
                     and last_holder == 0
@@ -1439,7 +1465,11 @@ class Slab:
                     and self._take_over(s, b, 0)
                 ):
                     self._mend(s, b, _UNKNOWN)
-                    return self._waited(b, started)
+                    self._waited(b, started)
+                    return True
+                looks = looks + 1 if turns == last_turns and holder else 0
+                if not patient and looks == _PATIENCE:
+                    return False
                 last_holder = holder
                 last_turns = turns
             now = monotonic_ns()
@@ -1478,19 +1508,21 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _post(self, s: Index) -> cython.void:
+    def _post(self, s: Index) -> cython.int:
         if cython.compiled:
             sem_post(self.sems[s])
         else:
             self.pysems[s].release()
+        return 0
 
     @cython.cfunc
     @cython.inline
-    def _release(self, s: Index, b: Index) -> cython.void:
+    def _release(self, s: Index, b: Index) -> cython.int:
         self._put_word(b + _S_HOLDER, 0)
         self._post(s)
         if self.has_news:
             self._tell()
+        return 0
 
     @cython.cfunc
     def _take_over(self, s: Index, b: Index, dead: Word) -> cython.bint:
@@ -1538,7 +1570,17 @@ class Slab:
     @cython.inline
     def _begin(self, s: Index, b: Index) -> cython.int:
         # Enter the write section.
-        self._acquire(s, b)
+        if not self._try_acquire(s, b):
+            self._wait(s, b, True)
+        self._start(s, b)
+        return 0
+
+    @cython.cfunc
+    @cython.inline
+    def _start(self, s: Index, b: Index) -> cython.int:
+        # Begin to write, with the lock just acquired.
+        if self.w64[b + _S_EPOCH] & 1:
+            self._mend(s, b, 0)
         self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
         if self.touch_count[s]:
             try:
@@ -1550,9 +1592,10 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
-    def _end(self, s: Index, b: Index) -> cython.void:
+    def _end(self, s: Index, b: Index) -> cython.int:
         self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
         self._release(s, b)
+        return 0
 
     @cython.cfunc
     def _abort(self, s: Index, b: Index, error: object) -> cython.int:
@@ -1600,7 +1643,9 @@ class Slab:
     # and then looks at the record's version once more: unchanged and odd means that the
     # copy is of one live entry, whatever happened to others meanwhile.  That nothing
     # was found holds only if the shard's epoch was even and is unchanged.  After a few
-    # vain attempts it takes the lock like a writer.
+    # vain attempts it takes the lock like a writer - unless the writer inside makes no
+    # progress and yet lives (it was stopped, or its host is starved): then nothing moves
+    # either, so what a walk finds is there, and what it does not find is missing.
     # Recency: a hit is noted in a buffer of this process and applied under the lock
     # before its next write to the shard, or when the buffer is full and the lock free;
     # so LRU is exact in one process, and a buffer late for the others.
@@ -1615,8 +1660,24 @@ class Slab:
         h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
         s: Index = self._shard(h)
         b: Index = self._base(s)
-        if not cython.compiled:
-            return self._locked_lookup(s, b, h, kind, kb, how)
+        if cython.compiled:
+            value = self._glance(s, b, h, kind, kb, how, False)
+            if value is not _UNSURE:
+                return value
+        return self._locked_lookup(s, b, h, kind, kb, how)
+
+    @cython.cfunc
+    def _glance(
+        self,
+        s: Index,
+        b: Index,
+        h: Word,
+        kind: cython.uint,
+        kb: bytes,
+        how: cython.int,
+        stuck: cython.bint,
+    ) -> object:
+        # Look without the lock; _UNSURE when the lock must tell.
         h32: Word = h & _MASK32
         head: Index = self._bucket(b, h32)
         want: cython.uint = cython.cast(cython.uint, len(kb)) | kind << 16
@@ -1636,14 +1697,14 @@ class Slab:
         found: cython.bint
         try:
             for _attempt in range(_ATTEMPTS):
-                epoch = load(cython.address(self.w64[b + _S_EPOCH]))
+                epoch = self._get_word(b + _S_EPOCH)
                 slot = self.w32[head]
                 steps = 0
                 found = False
                 while slot:
                     v = self._record(b, slot)
                     r = 2 * v
-                    version = load(cython.address(self.w64[v]))
+                    version = self._get_word(v)
                     meta = self.w32[r + _F_META]
                     if (
                         self.w32[r + _F_HASH] == h32
@@ -1659,39 +1720,40 @@ class Slab:
                     if steps > self.slots:
                         break
                 if not found:
-                    read_fence()
+                    self._read_fence()
                     if (
-                        epoch & 1 == 0
-                        and epoch == load(cython.address(self.w64[b + _S_EPOCH]))
+                        (stuck or epoch & 1 == 0)
+                        and epoch == self._get_word(b + _S_EPOCH)
                         and slot == 0
                     ):
                         if how == _USE:
                             self.w64[self.row + _R_MISSES] += 1
                         return MISSING
-                    pause()
+                    if cython.compiled:
+                        pause()
                     continue
                 value_len = self.w32[r + _F_VALUE_LEN]
                 expires = self.w64[v + 1]
-                read_fence()
-                if version != load(cython.address(self.w64[v])):
+                self._read_fence()
+                if version != self._get_word(v):
                     continue
                 if how == _PROBE:
                     if expires != _NEVER and expires <= self._now():
-                        break
+                        return MISSING if stuck else _UNSURE
                     return True
                 # Only now is the length known to be that of the entry.
                 if self._need(len(kb), value_len) > self.blocks:
                     break
                 tag = (meta >> _META_TAG_SHIFT) & 15
                 data = self._copy_out(b, block, len(kb), value_len)
-                read_fence()
-                if version != load(cython.address(self.w64[v])):
+                self._read_fence()
+                if version != self._get_word(v):
                     continue
                 if self.w32[r + _F_CHECKSUM] != self._checksum(data, h32, tag):
                     break
                 if expires != _NEVER:
                     if not self._still_good(v, expires, how):
-                        break
+                        return MISSING if stuck else _UNSURE
                 if how == _USE:
                     self.w64[self.row + _R_HITS] += 1
                     self._note(s, b, slot, version)
@@ -1703,7 +1765,7 @@ class Slab:
         except Corrupt:
             pass
         # Too busy a shard, an expired entry, or damage: all are settled under the lock.
-        return self._locked_lookup(s, b, h, kind, kb, how)
+        return _UNSURE
 
     @cython.cfunc
     def _still_good(self, v: Index, expires: Word, how: cython.int) -> cython.bint:
@@ -1732,7 +1794,12 @@ class Slab:
         data: bytes = b""
         now: Word = self._now()
         bb: Index = b
-        self._begin(s, bb)
+        if not self._try_acquire(s, bb) and not self._wait(s, bb, False):
+            value = self._glance(s, bb, h, kind, kb, how, True)
+            if value is not _UNSURE:
+                return value
+            self._wait(s, bb, True)
+        self._start(s, bb)
         try:
             slot: Index = self._find(bb, h & _MASK32, kind, kb)
             if slot:
@@ -2607,8 +2674,11 @@ class Slab:
     def _claimants(self, s: int) -> Any:
         """The tokens of those who have claims in a shard; a look without the lock."""
         b: Index = self._base(s)
-        i: Index
-        return {self.w64[b + _S_CLAIMS + 2 * i + 1] for i in range(_CLAIMS)} - {0}
+        tokens = set()
+        for i in range(_CLAIMS):
+            tokens.add(self.w64[b + _S_CLAIMS + 2 * i + 1])
+        tokens.discard(0)
+        return tokens
 
     def _disclaim(self, s: int, gone: int) -> None:
         """Give all claims of a dead worker back."""

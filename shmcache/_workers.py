@@ -31,6 +31,7 @@ import logging
 import mmap
 import os
 import struct
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ _ROW = 4096  # first of ROWS bytes
 # Creating a large segment, or repairing one, happens under the admin lock.
 ADMIN_TIMEOUT = 60.0
 
+_MADV_WIPEONFORK = 18  # of <asm-generic/mman-common.h>; module mmap has no name for it
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
@@ -391,9 +393,12 @@ class Attachment:
 
     def _remove_lone_lease(self) -> None:
         # Under the admin lock: without a segment a lease file is of no use to anybody.
-        if not os.path.exists(self.names.segment_path) and self.lease.current():
-            if self.lease.holder(_ROW, L.ROWS) is None:
-                self._remove_lease()
+        if (
+            self.lease.current()
+            and not os.path.exists(self.names.segment_path)
+            and self.lease.holder(_ROW, L.ROWS) is None
+        ):
+            self._remove_lease()
 
     def _remove_lease(self) -> None:
         os.unlink(self.names.lease_path)
@@ -540,8 +545,8 @@ def _fork_guard() -> tuple[mmap.mmap, memoryview]:
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     words = memoryview(page).cast("Q")
     try:
-        page.madvise(mmap.MADV_WIPEONFORK)  # type: ignore[attr-defined]
-    except (AttributeError, OSError):
+        page.madvise(_MADV_WIPEONFORK)
+    except OSError:
         # Before Linux 4.14, or under an emulated kernel: forks in C go unnoticed.
         def wipe() -> None:
             words[0] = 0
@@ -555,14 +560,29 @@ _leaving: set[int] = set()
 
 def _leave_at_exit() -> None:
     # Children of multiprocessing end by os._exit; only its own finalizers run there.
-    pid = os.getpid()
-    if pid in _leaving:
+    # They are thrown away when a child begins, which may be after it has unpickled a
+    # Cache, and so are renewed then.
+    util = sys.modules.get("multiprocessing.util")
+    if util is None or os.getpid() in _leaving:
         return
-    _leaving.add(pid)
-    from multiprocessing import parent_process, util
+    if not _leaving:
+        util.register_after_fork(leave_all, _finalize_with)
+    _leaving.add(os.getpid())
+    _finalize_with()
 
+
+def _finalize_with(_: object = None) -> None:
+    from multiprocessing import util
+
+    util.Finalize(None, _leave_child, exitpriority=0)
+
+
+def _leave_child() -> None:
+    from multiprocessing import parent_process
+
+    # Other processes leave at exit, after the functions that users have registered.
     if parent_process() is not None:
-        util.Finalize(None, leave_all, exitpriority=0)
+        leave_all()
 
 
 def leave_all() -> None:

@@ -110,8 +110,7 @@ def _check_budget(seconds: Any, what: str) -> None:
         return
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise TypeError(
-            f"{what} must be a number of seconds, or None for no limit,"
-            f" not {seconds!r}"
+            f"{what} must be a number of seconds, or None for no limit, not {seconds!r}"
         )
     if not seconds >= 0:
         raise ValueError(

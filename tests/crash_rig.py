@@ -572,11 +572,8 @@ def repair_mortal(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
 
 # Workers: nothing of these is in a shard.
 
-
-def counted(cache: shmcache.Cache, _clock: Clock, _k: Keys) -> None:
-    """Counts in the row of the process."""
-    words, row = cache._attachment.words, cache._attachment.row
-    words[row + L.R_HITS] += 5
+COUNTER = L.ROW_WORDS - 1  # the last counter of a row, which the engine has no use for
+COUNTED = 5
 
 
 @scenario(nothing)
@@ -584,15 +581,51 @@ def attach(cache: shmcache.Cache, _clock: Clock, _k: Keys) -> None:
     cache._enter_process()
 
 
-@scenario(counted)
-def close(cache: shmcache.Cache, clock: Clock, k: Keys) -> None:
-    counted(cache, clock, k)
+@scenario(nothing)
+def count_and_close(cache: shmcache.Cache, _clock: Clock, _k: Keys) -> None:
+    cache._attachment.words[cache._attachment.row + COUNTER] += COUNTED
     cache.close()
 
 
-@scenario(counted)
+@scenario(nothing)
 def reap(cache: shmcache.Cache, _clock: Clock, _k: Keys) -> None:
     cache._attachment.reap()
+
+
+# --- life, line by line -----------------------------------------------------------
+
+LIVES: dict[str, Callable[[str], object]] = {}
+PERSISTENT = {**SMALL, "persist": True}
+
+
+def life(act: Callable[[str], object]) -> Callable[[str], object]:
+    """Enter a function as a life during which a process dies."""
+    LIVES[act.__name__] = act
+    return act
+
+
+@life
+def create_and_leave(name: str) -> None:
+    cache = shmcache.Cache(name, **SMALL)
+    cache["mine"] = 1
+    cache.close()
+
+
+@life
+def create_and_unlink(name: str) -> None:
+    cache = shmcache.Cache(name, **SMALL)
+    cache.unlink()
+    cache.close()
+
+
+@life
+def revive_and_leave(name: str) -> None:
+    shmcache.Cache(name, **PERSISTENT).close()
+
+
+@life
+def attach_and_leave(name: str) -> None:
+    shmcache.Cache.attach(name).close()
 
 
 # --- the zygote -----------------------------------------------------------------
@@ -600,34 +633,35 @@ def reap(cache: shmcache.Cache, _clock: Clock, _k: Keys) -> None:
 
 def child(
     cache: shmcache.Cache, clock: Clock, name: str, steps: int, report: memoryview
-) -> NoReturn:
+) -> None:
     """Do what a scenario says, up to the step at which to die."""
-    code = FAILED
-    try:
-        fuse = Fuse(steps, report)
-        keys = Keys(cache)
-        if name == "attach":
-            light(cache, fuse)  # the row itself is what it is about
-        else:
-            cache._enter_process()
-            report[1] = cache._attachment.token
-            light(cache, fuse)
-        SCENARIOS[name].act(cache, clock, keys)
-        code = 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+    fuse = Fuse(steps, report)
+    keys = Keys(cache)
+    if name == "attach":
+        light(cache, fuse)  # the row itself is what it is about
+    else:
+        cache._enter_process()
+        report[1] = cache._attachment.token
+        light(cache, fuse)
+    SCENARIOS[name].act(cache, clock, keys)
 
 
-def zygote(cache_name: str, *, timed: bool) -> None:
-    """Serve orders: {"scenario", "steps", "now"}."""
+def mortal_child(cache_name: str, name: str, steps: int, report: memoryview) -> None:
+    """Live a life, up to the line at which to die."""
+    sys.settrace(Tracer(Fuse(steps, report)))
+    LIVES[name](cache_name)
+    sys.settrace(None)
+
+
+def zygote(cache_name: str, mode: str) -> None:
+    """Serve orders: {"scenario", "steps", "now"}, until the input ends."""
     assert not shmcache.compiled
     clock = Clock()
-    cache = shmcache.Cache.attach(
-        cache_name, lock_timeout=1.0, clock=clock if timed else None
-    )
+    cache = None
+    if mode != "life":
+        cache = shmcache.Cache.attach(
+            cache_name, lock_timeout=1.0, clock=clock if mode == "timed" else None
+        )
     report = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
     print(json.dumps({"ready": os.getpid()}), flush=True)
     for line in sys.stdin:
@@ -636,7 +670,18 @@ def zygote(cache_name: str, *, timed: bool) -> None:
         report[0] = report[1] = 0
         pid = os.fork()
         if pid == 0:
-            child(cache, clock, order["scenario"], order["steps"], report)
+            code = FAILED
+            try:
+                if cache:
+                    child(cache, clock, order["scenario"], order["steps"], report)
+                else:
+                    mortal_child(cache_name, order["scenario"], order["steps"], report)
+                code = 0
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
         _, status = os.waitpid(pid, 0)
         answer = {
             "pid": pid,
@@ -645,8 +690,9 @@ def zygote(cache_name: str, *, timed: bool) -> None:
             "token": report[1],
         }
         print(json.dumps(answer), flush=True)
-    cache.close()
+    if cache:
+        cache.close()
 
 
 if __name__ == "__main__":
-    zygote(sys.argv[1], timed=sys.argv[2] == "timed")
+    zygote(sys.argv[1], sys.argv[2])

@@ -11,16 +11,27 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import crash_rig
 import posix_ipc
 import pytest
-from crash_rig import DEAD, SCENARIOS, Clock, Keys
+from crash_rig import (
+    COUNTED,
+    COUNTER,
+    DEAD,
+    LIVES,
+    PERSISTENT,
+    SCENARIOS,
+    SMALL,
+    Clock,
+    Keys,
+)
 
 import shmcache
 from shmcache import _layout as L
@@ -33,7 +44,7 @@ FOR_EVER = 1_000_000
 # Nobody waits longer for a lock because its holder died; else LockTimeout is raised.
 LONGEST_WAIT = 1.0
 
-WORKERS = ("attach", "close", "reap")
+WORKERS = ("attach", "count_and_close", "reap")
 OPERATIONS = [name for name in SCENARIOS if name not in WORKERS]
 
 
@@ -67,11 +78,16 @@ class Zygote:
     @classmethod
     @contextmanager
     def of(
-        cls, cache: shmcache.Cache, clock: Clock, env: dict[str, str], *, timed: bool
+        cls, cache: str, clock: Clock, mode: str, env: dict[str, str]
     ) -> Iterator[Self]:
-        """A zygote that is attached to a cache; it leaves at the end."""
+        """A zygote for a cache.
+
+        In the modes "timed" (by the scenario's clock) and "real" (by the system's) it
+        is attached to it and leaves at the end; in mode "life" its children come by
+        themselves.
+        """
         rig = Path(crash_rig.__file__)
-        command = [sys.executable, str(rig), cache.name, "timed" if timed else "real"]
+        command = [sys.executable, str(rig), cache, mode]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         ) as process:
@@ -113,6 +129,11 @@ class Scene:
         self.before = self.content()
         self.before_order = self.order_of_use()
         self.restore()
+
+    def zygote(self, env: dict[str, str]) -> AbstractContextManager[Zygote]:
+        """A zygote that is attached to the cache."""
+        mode = "timed" if self.scenario.timed else "real"
+        return Zygote.of(self.cache.name, self.clock, mode, env)
 
     def restore(self) -> None:
         """The shard as it was at first; nobody is inside."""
@@ -234,8 +255,7 @@ def test_1_death_at_any_step_costs_at_most_the_entry_in_flight(
     record_property: Callable[[str, object], None],
 ) -> None:
     """Whatever step a process dies at: the others go on with all the rest."""
-    timed = scene.scenario.timed
-    with Zygote.of(scene.cache, scene.clock, interpreted_env, timed=timed) as zygote:
+    with scene.zygote(interpreted_env) as zygote:
         whole = zygote.order(scene.name, FOR_EVER)
         assert whole.code == 0
         assert scene.cache.check() == []
@@ -290,8 +310,7 @@ def test_1_death_in_repair_leaves_the_repair_to_the_next(
     record_property: Callable[[str, object], None],
 ) -> None:
     """Whatever step of taking over and repairing a process dies at: the next does it."""
-    timed = scene.scenario.timed
-    with Zygote.of(scene.cache, scene.clock, interpreted_env, timed=timed) as zygote:
+    with scene.zygote(interpreted_env) as zygote:
         whole = zygote.order(scene.name, FOR_EVER)
         first = round(whole.steps * where)
         after = scene.content()
@@ -327,3 +346,86 @@ def test_1_death_in_repair_leaves_the_repair_to_the_next(
             assert scene.cache.check() == []
             scene.attachment.reap()
     record_property("crash points", repair.steps)
+
+
+@pytest.mark.parametrize("scene", WORKERS, indirect=True)
+def test_1_death_of_a_worker_that_comes_goes_or_reaps(
+    scene: Scene,
+    interpreted_env: dict[str, str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Whatever step of the workers' table a process dies at: its row comes free again,
+    and each worker's counts are in the sums once."""
+    attachment = scene.attachment
+    counted = 0
+
+    def counts() -> int:
+        return attachment.counters()[COUNTER - L.R_COUNTERS]
+
+    with scene.zygote(interpreted_env) as zygote:
+        steps = FOR_EVER
+        step = -1
+        while step < steps:
+            for _ in range(3):
+                # Dead ones that have counted; "reap" finds them.
+                if scene.name == "reap":
+                    assert zygote.order("count_and_close", 1).code == DEAD
+                    counted += COUNTED
+            # First to the end, then up to each step.
+            answer = zygote.order(scene.name, step if step >= 0 else FOR_EVER)
+            assert answer.code == (DEAD if step >= 0 else 0)
+            if step < 0:
+                steps = answer.steps
+            if scene.name == "count_and_close" and answer.steps > 0:
+                counted += COUNTED
+            assert counts() == counted
+            assert scene.cache.check() == []
+            attachment.reap()
+            assert counts() == counted
+            assert len(attachment.tokens()) == 2
+            assert scene.cache.check() == []
+            step += 1
+    record_property("crash points", steps)
+
+
+def names_of(cache: str) -> list[str]:
+    """What there is in shared memory of a cache."""
+    return [name for name in os.listdir("/dev/shm") if f"-{cache}" in name]
+
+
+@pytest.mark.parametrize("life", LIVES)
+def test_1_death_at_any_line_of_life(
+    life: str,
+    name: str,
+    interpreted_env: dict[str, str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Whatever line of creating, attaching, reviving, leaving or unlinking a process
+    dies at: the next to come finds what persists, or a clean start, and leaves nothing.
+    """
+    persistent = life == "revive_and_leave"
+    settings = PERSISTENT if persistent else SMALL
+    kept = {"kept": b"k" * 300} if persistent else {}
+    with Zygote.of(name, Clock(), "life", interpreted_env) as zygote:
+        lines = FOR_EVER
+        line = -1
+        while line < lines:
+            first = shmcache.Cache(name, **settings, lock_timeout=LONGEST_WAIT)
+            first.update(kept)
+            if life != "attach_and_leave":
+                first.close()
+            answer = zygote.order(life, line if line >= 0 else FOR_EVER)
+            assert answer.code == (DEAD if line >= 0 else 0)
+            if line < 0:
+                lines = answer.steps
+            first.close()
+            with shmcache.Cache(name, **settings, lock_timeout=LONGEST_WAIT) as cache:
+                assert dict(cache.items()) == kept
+                cache["new"] = line
+                assert cache["new"] == line
+                assert cache.check() == []
+                if persistent:
+                    cache.unlink()
+            assert names_of(name) == []
+            line += 1
+    record_property("crash points", lines)

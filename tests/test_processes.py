@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 import zlib
+from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -115,7 +116,7 @@ def finish(process: Any, given: str = "") -> str:
     except subprocess.TimeoutExpired:
         process.kill()
         output, complaints = process.communicate()
-    assert (0, "") == (process.returncode, complaints)
+    assert (0, "") == (process.returncode, complaints), output
     return str(output)
 
 
@@ -319,9 +320,11 @@ def test_forked_ones_whose_parent_took_the_cache_with_it_meet_again(name: str) -
         link.recv()
         link.send((before["n"], also["n"]))
         with open("/proc/self/maps") as maps:
-            lost = [line for line in maps if name in line and "(deleted)" in line]
-        files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/dev/fd")[1:]]
-        lost += [file for file in files if name in file and "(deleted)" in file]
+            lost = list(maps)
+        for fd in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):
+                lost.append(os.readlink(f"/proc/self/fd/{fd}"))
+        lost = [file for file in lost if name in file and "(deleted)" in file]
         link.send(lost)
         link.recv()
         before.close()
