@@ -56,14 +56,15 @@ cdef extern from * nogil:
         return sem == SEM_FAILED ? 0 : (shm_word)(uintptr_t)sem;
     }
     static inline void shm_sem_close(shm_word sem) { sem_close((sem_t *)(uintptr_t)sem); }
-    static inline void shm_sem_post(shm_word sem) { sem_post((sem_t *)(uintptr_t)sem); }
+    static inline void shm_sem_post(shm_word sem) { if (sem) sem_post((sem_t *)(uintptr_t)sem); }
     static inline int shm_sem_try(shm_word sem)
-    { return sem_trywait((sem_t *)(uintptr_t)sem) == 0; }
+    { return sem && sem_trywait((sem_t *)(uintptr_t)sem) == 0; }
 
     /* 1: have the permit; 0: the time is up; -1: a signal came. */
     static inline int shm_sem_wait(shm_word sem, shm_word ns)
     {
         struct timespec t;
+        if (!sem) return 0;
         clock_gettime(CLOCK_REALTIME, &t);
         ns += (shm_word)t.tv_nsec;
         t.tv_sec += (time_t)(ns / 1000000000ull);

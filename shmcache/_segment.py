@@ -15,12 +15,13 @@ import secrets
 import stat
 import time
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import posix_ipc
 
 from shmcache import _layout as L
 from shmcache.errors import (
+    CacheClosed,
     ConfigMismatch,
     SegmentCorrupt,
     SegmentRefused,
@@ -134,6 +135,23 @@ class Header:
     created_ns: int  # wall clock
     epoch_ns: int  # the cache's clock
     lease_inode: int
+
+
+class Gone:
+    """What stands where a closed cache had its memory: any use tells."""
+
+    def __len__(self) -> int:
+        """Zero, so it is false."""
+        return 0
+
+    def __getitem__(self, _: object) -> NoReturn:
+        raise CacheClosed(
+            "the cache was closed, by another thread or a signal handler, while this"
+            " call used it; let all threads end their work before close()"
+        )
+
+    def __setitem__(self, index: object, _: object) -> NoReturn:
+        self[index]
 
 
 def leads_to(path: str, fd: int) -> bool:

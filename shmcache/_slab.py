@@ -46,6 +46,7 @@ from xxhash import xxh3_64_intdigest
 
 from shmcache import _layout as L
 from shmcache._codec import decode_tagged, encode_key
+from shmcache._segment import Gone
 from shmcache.errors import EntryTooLarge, LockTimeout, SegmentCorrupt, UnsupportedValue
 
 try:
@@ -467,14 +468,17 @@ class Slab:
     def _unbind(self) -> None:
         """Let go of the views, so that the mapping can be closed.
 
-        Empty ones take their place: should another thread be in the middle of a call
-        (in a codec or clock written in Python), its next step raises IndexError.
+        Should another thread be in the middle of a call (in a codec or clock written
+        in Python), its next step finds no words, or no semaphore.
         """
         self.token = 0
         self.guard = memoryview(array("Q", [1]))  # unequal to the token: closed
-        self.w64 = memoryview(array("Q"))
-        self.w32 = memoryview(array("I"))
-        self.mem = memoryview(bytearray())
+        if cython.compiled:
+            self.w64 = memoryview(array("Q"))
+            self.w32 = memoryview(array("I"))
+            self.mem = memoryview(bytearray())
+        else:
+            self.w64 = self.w32 = self.mem = Gone()
 
     def _enter_process(self) -> None:
         """Become a worker: at the first use in a process, and after a fork."""
@@ -1378,14 +1382,14 @@ class Slab:
     def _try_acquire(self, s: Index, b: Index) -> cython.bint:
         if cython.compiled:
             if not sem_try(self.sems[s]):
-                return False
+                return False  # taken, or closed
             if not cas(cython.address(self.w64[b + _S_HOLDER]), 0, self.token):
                 return False  # a spare permit, dropped
             self._count(b + _S_TURNS, 1)
             return True
         try:
             self.pysems[s].acquire(0)
-        except BusyError:
+        except (BusyError, IndexError):
             return False
         return self._interpreted_hold(s, b)
 
@@ -1411,6 +1415,8 @@ class Slab:
     def _wait(self, s: Index, b: Index, patient: cython.bint) -> cython.bint:
         # The slow way in: spin a little, then sleep; from time to time look who holds.
         # Who is not patient comes back with False when a living holder makes no move.
+        if self.guard[0] != self.token:
+            self._enter_process()  # closed since the call began
         started: Word = monotonic_ns()
         now: Word = started
         holder: Word
@@ -1601,6 +1607,8 @@ class Slab:
     def _abort(self, s: Index, b: Index, error: object) -> cython.int:
         # Leave the write section after an exception; raises if that was damage: an
         # index out of bounds, or a number that an interpreted view cannot hold.
+        if self.guard[0] != self.token:
+            self._enter_process()  # closed since the call began
         damage: cython.bint = isinstance(error, IndexError) or (
             not cython.compiled
             and type(error) is ValueError
@@ -1762,8 +1770,9 @@ class Slab:
                 if tag == _TAG_BYTES:
                     return data
                 return decode_tagged(self.codec, tag, data)
-        except Corrupt:
-            pass
+        except IndexError:
+            if self.guard[0] != self.token:
+                self._enter_process()  # closed since the call began
         # Too busy a shard, an expired entry, or damage: all are settled under the lock.
         return _UNSURE
 

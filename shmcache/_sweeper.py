@@ -21,7 +21,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
-from shmcache.errors import CacheClosed, LockTimeout, ShmCacheError
+from shmcache.errors import CacheClosed, LockTimeout
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
@@ -131,8 +131,9 @@ class Sweeper:
             pass
         except LockTimeout as error:
             log.warning("sweep of cache %s put off: %s", cache.name, error)
-        except ShmCacheError:
-            log.exception("sweep of cache %s failed", cache.name)
+        except Exception:  # other caches need the thread
+            if not cache.closed:
+                log.exception("sweep of cache %s failed", cache.name)
         with self._lock:
             if cache in self._due:
                 if cache.closed:

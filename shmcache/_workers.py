@@ -406,7 +406,7 @@ class Attachment:
     def _close_files(self) -> None:
         # Closing the lease file frees all our locks on it, the row's among them.
         self._admin_depth = 0
-        self.words = memoryview(b"")
+        self.words = _segment.Gone()  # type: ignore[assignment]
         if hasattr(self, "block"):
             self.block.close()
         self.lease.close()

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PURE = ROOT / "tests" / "pure"
 SHM = Path("/dev/shm")
-PATIENCE = 20.0  # seconds for what ends by itself; only a failing test waits so long
+PATIENCE = 20.0  # seconds for what ends by itself; only a leak is waited for so long
 
 # --- what is under test ---------------------------------------------------------
 
@@ -346,17 +346,18 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Names, mappings, descriptors, threads and children are as they were before."""
     before = Surroundings.now()
     yield
-    left = wait_for(before)
+    # A test that failed half-way is not to be blamed twice, and keeps its objects alive.
+    failed = request.node.stash.get(FAILED, False)
+    left = wait_for(before, 0.5 if failed else PATIENCE)
     if left:
         clean_up(before)
-        # A test that failed half-way is not to be blamed twice.
-        if not request.node.stash.get(FAILED, False):
+        if not failed:
             pytest.fail("left behind:\n" + "\n".join(left), pytrace=False)
 
 
-def wait_for(before: Surroundings) -> list[str]:
+def wait_for(before: Surroundings, patience: float) -> list[str]:
     """What is still left when everything that was about to end has ended."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     pause = 0.001
     while left := (now := Surroundings.now()).more_than(before):
         for child in now.children - before.children:

@@ -25,7 +25,7 @@ from shmcache import _layout as L
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType
+    from types import CodeType, FrameType
 
 DEAD = 137  # how a child ends that died as ordered
 FAILED = 1
@@ -126,18 +126,25 @@ def light(cache: shmcache.Cache, fuse: Fuse) -> None:
 
 
 class Tracer:
-    """A trace function in which each line of the package is a step."""
+    """A trace function in which each line of the package is a step.
+
+    A line is one the first time that it is reached: loops go over a thousand rows.
+    """
 
     def __init__(self, fuse: Fuse) -> None:
         self._fuse = fuse
         self._home = str(Path(shmcache.__file__).parent)
+        self._seen: set[tuple[CodeType, int]] = set()
 
     def __call__(self, frame: FrameType, event: str, _arg: object) -> Any:
         """What sys.settrace wants."""
         if not frame.f_code.co_filename.startswith(self._home):
             return None
         if event == "line":
-            self._fuse.burn()
+            line = frame.f_code, frame.f_lineno
+            if line not in self._seen:
+                self._seen.add(line)
+                self._fuse.burn()
         return self
 
 

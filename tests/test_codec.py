@@ -594,7 +594,7 @@ def test_other_values_are_refused(value: Any, words: str) -> None:
     assert shown(caught.value).startswith(words)
     assert 'or give the cache codec="pickle"' in str(caught.value)
     # Of a refusal nothing remains.
-    assert MSGPACK.encode([1]) == (Tag.CODEC, b"\x91\x01")
+    assert back(MSGPACK, [1]) == [1]
 
 
 @pytest.mark.parametrize("kind", [list, dict, tuple, frozenset])
@@ -669,16 +669,20 @@ def test_a_big_value_leaves_no_big_buffer() -> None:
 def test_threads_do_not_mix_their_values() -> None:
     """Threads that encode with one codec at once each get their own value back."""
     codec = make_codec("msgpack")
-    wrong: list[Any] = []
+    wrong: list[BaseException] = []
     start = threading.Barrier(4)
 
     def work(number: int) -> None:
         start.wait()
-        for turn in range(1500):
-            value = {"n": [number] * 50, "t": (turn, Decimal(turn)), "s": {number}}
-            plain = [{"n": number, "turn": turn}] * 20
-            if back(codec, value) != value or back(codec, plain) != plain:
-                wrong.append((number, turn))
+        value = {"n": [number] * 50, "t": (number, Decimal(number)), "s": {number}}
+        plain = [{"n": number}] * 20
+        try:
+            for _ in range(1000):
+                assert back(codec, value) == value
+                assert back(codec, plain) == plain
+        except BaseException as error:
+            wrong.append(error)
+            raise
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -1052,7 +1056,6 @@ def test_codec_object_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize(
     "codec",
     ["json", "", None, 5, object(), MsgspecCodec, "msgspec:builtins.int"],
-    ids=repr,
 )
 def test_unknown_codec_is_refused_with_the_choices(codec: Any) -> None:
     """What is no codec is a ValueError that lists what there is."""

@@ -14,7 +14,7 @@ import logging
 import os
 import subprocess
 import sys
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -127,6 +127,7 @@ class Scene:
         self._geometry = self.attachment.header.geometry
         self._start = bytes(self.attachment.block.buf[self._geometry.shards_at :])
         self.before = self.content()
+        self.before_left = self.times_left()
         self.before_order = self.order_of_use()
         self.restore()
 
@@ -157,6 +158,18 @@ class Scene:
         """The value of each key, without leaving a mark."""
         return {key: self.cache.peek(key, ABSENT) for key in self.keys.all}
 
+    def times_left(self) -> dict[str, Any]:
+        """How long each key has to live; by a clock that moves, only whether for ever."""
+        left: dict[str, Any] = {}
+        for key in self.keys.all:
+            try:
+                left[key] = self.cache.ttl(key)
+            except KeyError:
+                left[key] = ABSENT
+            if not self.scenario.timed and left[key] not in (None, ABSENT):
+                left[key] = "some time"
+        return left
+
     def order_of_use(self) -> list[int]:
         """Live slots, the latest used first, read from the bytes.
 
@@ -170,15 +183,6 @@ class Scene:
             found.append(slot)
             slot = records[slot * L.RECORD_WORDS + L.F_LRU_NEXT]
         return found
-
-    def versions(self) -> dict[int, int]:
-        """The version of each record."""
-        buffer = self.attachment.block.buf
-        at = self._geometry.shards_at + self._geometry.records_at
-        records = buffer[at : at + L.RECORD * (self._geometry.slots + 1)].cast("Q")
-        return {
-            slot: records[slot * L.RECORD // 8] for slot in self.order_of_use()
-        }
 
     def exercise(self) -> None:
         """Use every list of the shard: fill, evict, overwrite, expire, remove."""
@@ -207,6 +211,14 @@ def scene(
 ) -> Scene:
     """The scene of the scenario that the test is called with."""
     return Scene(request.param, make_cache, caplog)
+
+
+def either(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[Any]]:
+    """What may be found for each key: the old, the new, and if they differ nothing."""
+    return {
+        key: [old, after[key]] + [ABSENT] * (old != after[key])
+        for key, old in before.items()
+    }
 
 
 def unmoved(before: list[int], after: list[int]) -> list[int]:
@@ -259,13 +271,9 @@ def test_1_death_at_any_step_costs_at_most_the_entry_in_flight(
         whole = zygote.order(scene.name, FOR_EVER)
         assert whole.code == 0
         assert scene.cache.check() == []
-        after, after_order = scene.content(), scene.order_of_use()
-        stay = unmoved(scene.before_order, after_order)
-        allowed = {
-            key: [scene.before[key], after[key]]
-            + [ABSENT] * (scene.before[key] != after[key])
-            for key in scene.keys.all
-        }
+        stay = unmoved(scene.before_order, scene.order_of_use())
+        allowed = either(scene.before, scene.content())
+        left_allowed = either(scene.before_left, scene.times_left())
         for step in range(whole.steps):
             scene.restore()
             answer = zygote.order(scene.name, step)
@@ -280,6 +288,8 @@ def test_1_death_at_any_step_costs_at_most_the_entry_in_flight(
             expected = [facts] * lost_permit
             assert recoveries(scene) == expected
             assert scene.word(L.S_RECOVERIES) == len(expected)
+            for key, left in scene.times_left().items():
+                assert left in left_allowed[key]
             order = scene.order_of_use()
             kept = [slot for slot in order if slot in stay]
             assert kept == [slot for slot in stay if slot in order]
@@ -313,12 +323,8 @@ def test_1_death_in_repair_leaves_the_repair_to_the_next(
     with scene.zygote(interpreted_env) as zygote:
         whole = zygote.order(scene.name, FOR_EVER)
         first = round(whole.steps * where)
-        after = scene.content()
-        allowed = {
-            key: [scene.before[key], after[key]]
-            + [ABSENT] * (scene.before[key] != after[key])
-            for key in scene.keys.all
-        }
+        stay = unmoved(scene.before_order, scene.order_of_use())
+        allowed = either(scene.before, scene.content())
 
         def die_first() -> None:
             scene.restore()
@@ -342,6 +348,9 @@ def test_1_death_in_repair_leaves_the_repair_to_the_next(
                 assert pids == [answer.pid]
             else:
                 assert len(pids) == lost_permit
+            order = scene.order_of_use()
+            kept = [slot for slot in order if slot in stay]
+            assert kept == [slot for slot in stay if slot in order]
             scene.exercise()
             assert scene.cache.check() == []
             scene.attachment.reap()
@@ -404,28 +413,34 @@ def test_1_death_at_any_line_of_life(
     dies at: the next to come finds what persists, or a clean start, and leaves nothing.
     """
     persistent = life == "revive_and_leave"
-    settings = PERSISTENT if persistent else SMALL
-    kept = {"kept": b"k" * 300} if persistent else {}
-    with Zygote.of(name, Clock(), "life", interpreted_env) as zygote:
+    keeps = persistent or life == "attach_and_leave"
+    settings = {**(PERSISTENT if persistent else SMALL), "lock_timeout": LONGEST_WAIT}
+    kept = {"kept": b"k" * 300}
+    with ExitStack() as at_end:
+        zygote = at_end.enter_context(Zygote.of(name, Clock(), "life", interpreted_env))
+        other = None
+        if life == "attach_and_leave":
+            other = at_end.enter_context(shmcache.Cache(name, **settings))
         lines = FOR_EVER
         line = -1
         while line < lines:
-            first = shmcache.Cache(name, **settings, lock_timeout=LONGEST_WAIT)
-            first.update(kept)
-            if life != "attach_and_leave":
-                first.close()
             answer = zygote.order(life, line if line >= 0 else FOR_EVER)
             assert answer.code == (DEAD if line >= 0 else 0)
             if line < 0:
                 lines = answer.steps
-            first.close()
-            with shmcache.Cache(name, **settings, lock_timeout=LONGEST_WAIT) as cache:
-                assert dict(cache.items()) == kept
-                cache["new"] = line
-                assert cache["new"] == line
-                assert cache.check() == []
-                if persistent:
-                    cache.unlink()
-            assert names_of(name) == []
+            else:
+                assert answer.steps == line
+            cache = other or shmcache.Cache(name, **settings)
+            assert dict(cache.items()) == (kept if line >= 0 and keeps else {})
+            cache.update(kept)
+            assert cache["kept"] == kept["kept"]
+            assert cache.check() == []
+            if other is None:
+                cache.close()
+            assert bool(names_of(name)) == keeps
             line += 1
+        if persistent:
+            with shmcache.Cache(name, **settings) as cache:
+                cache.unlink()
+    assert names_of(name) == []
     record_property("crash points", lines)

@@ -365,7 +365,7 @@ class TestConclusion:
         ("change", "expected"),
         [
             ({"errors": 1}, "1 requests failed"),
-            ({"requests": 199}, "too few"),
+            ({"requests": 99}, "too few"),
             ({"cross_hits": 0}, "sharing gained nothing"),
         ],
     )

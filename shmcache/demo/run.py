@@ -176,7 +176,13 @@ class Demo:
             return
         print(report, flush=True)
         if self.json:
-            Path(self.json).write_text(text + "\n", encoding="utf-8")
+            try:
+                Path(self.json).write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                raise DemoError(
+                    f"--json {self.json}: {error.strerror}: name a file that can be "
+                    "written, or - for standard output"
+                ) from error
 
     def _serve(self, server: Server) -> None:
         """Stay until Ctrl-C, which is then not an error."""
