@@ -10,8 +10,10 @@ cdef extern from * nogil:
     #include <errno.h>
     #include <semaphore.h>
     #include <stdint.h>
+    #include <stdlib.h>
     #include <string.h>
     #include <time.h>
+    #include <unistd.h>
 
     typedef unsigned long long shm_word;
 
@@ -73,6 +75,31 @@ cdef extern from * nogil:
         return errno == EINTR ? -1 : 0;
     }
 
+    static PyObject *shm_leave = NULL;
+    static pid_t shm_leaver = 0;
+
+    static void shm_leave_now(void)
+    {
+        PyGILState_STATE state;
+        PyObject *result;
+        if (getpid() != shm_leaver || !Py_IsInitialized()) return;
+        state = PyGILState_Ensure();
+        result = PyObject_CallObject(shm_leave, NULL);
+        if (result == NULL) PyErr_WriteUnraisable(shm_leave);
+        Py_XDECREF(result);
+        PyGILState_Release(state);
+    }
+
+    /* Call a function when this very process calls exit(). */
+    static int shm_at_exit(PyObject *function)
+    {
+        int first = shm_leave == NULL;
+        Py_INCREF(function);
+        Py_XSETREF(shm_leave, function);
+        shm_leaver = getpid();
+        return first ? atexit(shm_leave_now) : 0;
+    }
+
     static inline shm_word shm_little(shm_word word)
     {
     #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -118,3 +145,4 @@ cdef extern from * nogil:
     bint sem_try "shm_sem_try"(shm_word sem)
     int sem_wait "shm_sem_wait"(shm_word sem, shm_word ns)
     shm_word sum_words "shm_sum"(const unsigned char *p, Py_ssize_t n)
+    int at_exit "shm_at_exit"(object function) with gil

@@ -62,6 +62,7 @@ if cython.compiled:
     from cython.cimports.cpython.exc import PyErr_CheckSignals
     from cython.cimports.cpython.unicode import PyUnicode_AsUTF8String
     from cython.cimports.shmcache._memory import (
+        at_exit,
         cas,
         load,
         lowest_bit,
@@ -256,6 +257,12 @@ def touch_buffers(shards: int) -> Any:
         memoryview(array("Q", bytes(8 * TOUCHES * shards))),
         memoryview(array("I", bytes(4 * shards))),
     )
+
+
+def call_at_exit(function: Any) -> bool:
+    """Have a function called when this very process, and no fork of it, calls C's
+    ``exit``, although it may not finalize Python; False where that cannot be had."""
+    return cython.compiled and at_exit(function) == 0
 
 
 def close_semaphores(opened: Any) -> None:

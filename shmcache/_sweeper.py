@@ -15,12 +15,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sys
 import threading
 import time
 import weakref
 from typing import TYPE_CHECKING
 
+from shmcache._uwsgi import threads_run
 from shmcache.errors import CacheClosed, LockTimeout
 
 if TYPE_CHECKING:
@@ -30,18 +30,6 @@ log = logging.getLogger("shmcache")
 
 # A run takes at most this long before it lets others have their turn.
 STEP_BUDGET = 0.05
-
-
-def threads_run() -> bool:
-    """Whether a thread started here would run while the main thread waits."""
-    uwsgi = sys.modules.get("uwsgi")
-    if uwsgi is None:
-        return True
-    options = getattr(uwsgi, "opt", {})
-    return any(
-        option in options or option.encode() in options
-        for option in ("enable-threads", "threads")
-    )
 
 
 class Sweeper:

@@ -38,13 +38,15 @@ from shmcache._segment import Names, Settings
 from shmcache._slab import (
     MISSING,
     Slab,
+    call_at_exit,
     close_semaphores,
     compiled,
     touch_buffers,
     ttl_to_ns,
 )
 from shmcache._sweeper import sweeper
-from shmcache._workers import Attachment, mutex
+from shmcache._uwsgi import in_first_process
+from shmcache._workers import Attachment, leave_all, mutex
 from shmcache.errors import (
     CacheClosed,
     ReentrantCall,
@@ -329,6 +331,8 @@ class Cache(Slab):
     def _attach(self, settings: Settings | None) -> None:
         now = self._clock() if self._clock else time.monotonic_ns()
         attachment = Attachment.open(self._names, settings, now, self._revive)
+        if in_first_process():
+            call_at_exit(leave_all)
         try:
             self._take_up(attachment)
         except BaseException:

@@ -346,7 +346,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Names, mappings, descriptors, threads and children are as they were before."""
     before = Surroundings.now()
     yield
-    # A test that failed half-way is not to be blamed twice, and keeps its objects alive.
+    # A failed test keeps its objects alive, and is not to be blamed twice.
     failed = request.node.stash.get(FAILED, False)
     left = wait_for(before, 0.5 if failed else PATIENCE)
     if left:

@@ -274,6 +274,8 @@ def test_1_death_at_any_step_costs_at_most_the_entry_in_flight(
         stay = unmoved(scene.before_order, scene.order_of_use())
         allowed = either(scene.before, scene.content())
         left_allowed = either(scene.before_left, scene.times_left())
+        for key, values in allowed.items():
+            left_allowed[key] += values[2:]
         for step in range(whole.steps):
             scene.restore()
             answer = zygote.order(scene.name, step)

@@ -234,14 +234,14 @@ class OneShard(RuleBasedStateMachine):
         config = data.draw(self.configs, "config")
         self.model = Model(config, self.clock)
         self.name = type(self).new_name()
-        self.handles = [self.open(), self.open()]
+        self.handles = self.open()
         self.cache = self.handles[0]
         self.tokens: list[tuple[Any, int, int]] = []
 
-    def open(self) -> Cache:
-        """Another Cache object on the same segment."""
-        config = self.model.config
-        return Cache(self.name, clock=self.clock, **config.settings)
+    def open(self) -> list[Cache]:
+        """Two Cache objects on the same segment."""
+        settings = self.model.config.settings
+        return [Cache(self.name, clock=self.clock, **settings) for _ in range(2)]
 
     def teardown(self) -> None:
         """What is left comes out in the order of use; then all is removed."""
@@ -310,7 +310,7 @@ class OneShard(RuleBasedStateMachine):
         """All close; the segment persists, and is repaired as it is found again."""
         for cache in self.handles:
             cache.close()
-        self.handles = [self.open(), self.open()]
+        self.handles = self.open()
         self.cache = self.handles[0]
 
     # --- reading ---
@@ -346,6 +346,7 @@ class OneShard(RuleBasedStateMachine):
             assert (value, token) == (None, None)
         else:
             assert value == expected
+            assert token is not None
             self.tokens.append((key, token, self.model.entries[key].serial))
 
     @rule(key=keys)
@@ -603,6 +604,25 @@ class ManyShards(OneShard):
         assert sorted(popped, key=repr) == sorted(expected, key=repr)
 
 
+def run(
+    machine: type[OneShard],
+    new_name: Callable[[], str],
+    new_clock: Callable[[], Clock],
+    examples: int,
+) -> None:
+    """Have Hypothesis write histories for a machine."""
+
+    class Machine(machine):  # type: ignore[misc, valid-type]
+        pass
+
+    Machine.new_name = staticmethod(new_name)
+    Machine.new_clock = staticmethod(new_clock)
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(max_examples=examples, stateful_step_count=STEPS),
+    )
+
+
 @pytest.mark.parametrize("machine", [OneShard, ManyShards])
 def test_cache_agrees_with_the_model(
     machine: type[OneShard],
@@ -611,14 +631,4 @@ def test_cache_agrees_with_the_model(
     checker: None,
 ) -> None:
     """Whatever the history, every result is the model's, and the segment is sound."""
-    kind = type(clock)
-
-    class Machine(machine):  # type: ignore[misc, valid-type]
-        pass
-
-    Machine.new_name = staticmethod(new_name)
-    Machine.new_clock = staticmethod(kind)
-    run_state_machine_as_test(
-        Machine,
-        settings=settings(max_examples=EXAMPLES, stateful_step_count=STEPS),
-    )
+    run(machine, new_name, type(clock), EXAMPLES)
