@@ -17,8 +17,8 @@ import os
 from multiprocessing.shared_memory import SharedMemory
 
 from shmcache import _layout as L
-from shmcache._segment import SHM_DIR, Names, leads_to, open_own
-from shmcache.errors import OutOfSharedMemory, SegmentCorrupt
+from shmcache._segment import Names, leads_to, no_room, open_own
+from shmcache.errors import SegmentCorrupt
 
 
 class Block(SharedMemory):
@@ -60,13 +60,7 @@ class Block(SharedMemory):
             os.unlink(names.segment_path)
             if error.errno not in (errno.ENOSPC, errno.ENOMEM):
                 raise
-            free = os.statvfs(SHM_DIR)
-            raise OutOfSharedMemory(
-                f"cache {names.cache!r} needs {size:,} bytes of shared memory,"
-                f" and {SHM_DIR} has {free.f_bavail * free.f_frsize:,} free;"
-                " lower max_bytes or max_entries, or give it more room (docker:"
-                " --shm-size, Kubernetes: an emptyDir of medium Memory on /dev/shm)"
-            ) from error
+            raise no_room(names, size, "entries") from error
 
     def current(self, names: Names) -> bool:
         """Whether the segment's name leads to this very block."""

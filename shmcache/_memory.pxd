@@ -1,4 +1,4 @@
-# Memory order, clocks and semaphores: what Python has no words for.
+# Memory order, clocks, semaphores and the end of a process: what Python has no words for.
 #
 # Reached from _slab.py under ``if cython.compiled:``; beside each use stands the
 # line that the interpreted engine runs instead.
@@ -8,10 +8,12 @@ from libc.string cimport memcmp, memcpy
 cdef extern from * nogil:
     """
     #include <errno.h>
+    #include <fcntl.h>
     #include <semaphore.h>
     #include <stdint.h>
     #include <stdlib.h>
     #include <string.h>
+    #include <sys/stat.h>
     #include <time.h>
     #include <unistd.h>
 
@@ -24,8 +26,13 @@ cdef extern from * nogil:
     { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 
     static inline int shm_cas(shm_word *p, shm_word old, shm_word new_)
-    { return __atomic_compare_exchange_n(p, &old, new_, 0,
-                                         __ATOMIC_SEQ_CST, __ATOMIC_RELAXED); }
+    {
+    #ifdef SHMCACHE_UNPROTECTED
+        return *p = new_, 1; /* for tools/protection_cost.py */
+    #endif
+        return __atomic_compare_exchange_n(p, &old, new_, 0, __ATOMIC_SEQ_CST,
+                                           __ATOMIC_RELAXED);
+    }
 
     /* Loads before it stay before loads after it. */
     static inline void shm_read_fence(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
@@ -75,29 +82,82 @@ cdef extern from * nogil:
         return errno == EINTR ? -1 : 0;
     }
 
-    static PyObject *shm_leave = NULL;
-    static pid_t shm_leaver = 0;
+    /* What a process leaves that ends by exit() without finalizing Python: uWSGI's first
+       process, and its workers when they are told to end in the midst of a request, in
+       a signal handler.  So these are system calls and nothing else. */
+    struct shm_leaver {
+        struct shm_leaver *next;
+        pid_t pid;
+        int lease;  /* descriptor; -1: the process has left */
+        off_t rows, row_count;  /* bytes of the lease file; byte 0 is the admin lock */
+        char *paths;  /* the lease file's first; an empty one ends them */
+    };
+    static struct shm_leaver *shm_leavers = NULL;
 
-    static void shm_leave_now(void)
+    static int shm_lock_bytes(int fd, int how, short kind, off_t start, off_t length)
     {
-        PyGILState_STATE state;
-        PyObject *result;
-        if (getpid() != shm_leaver || !Py_IsInitialized()) return;
-        state = PyGILState_Ensure();
-        result = PyObject_CallObject(shm_leave, NULL);
-        if (result == NULL) PyErr_WriteUnraisable(shm_leave);
-        Py_XDECREF(result);
-        PyGILState_Release(state);
+        struct flock lock;
+        memset(&lock, 0, sizeof lock);
+        lock.l_type = kind;
+        lock.l_whence = SEEK_SET;
+        lock.l_start = start;
+        lock.l_len = length;
+        return fcntl(fd, how, &lock) == 0 && (how != F_GETLK || lock.l_type == F_UNLCK);
     }
 
-    /* Call a function when this very process calls exit(). */
-    static int shm_at_exit(PyObject *function)
+    static void shm_leave(const struct shm_leaver *l)
     {
-        int first = shm_leave == NULL;
-        Py_INCREF(function);
-        Py_XSETREF(shm_leave, function);
-        shm_leaver = getpid();
-        return first ? atexit(shm_leave_now) : 0;
+        const struct timespec pause = {0, 1000000};
+        struct stat named, ours;
+        const char *path;
+        int tries = 0;
+        shm_lock_bytes(l->lease, F_SETLK, F_UNLCK, l->rows, l->row_count);
+        while (!shm_lock_bytes(l->lease, F_SETLK, F_WRLCK, 0, 1)) {
+            if (++tries > 1000) return;
+            nanosleep(&pause, NULL);
+        }
+        if (stat(l->paths, &named) == 0 && fstat(l->lease, &ours) == 0
+            && named.st_dev == ours.st_dev && named.st_ino == ours.st_ino
+            && shm_lock_bytes(l->lease, F_GETLK, F_WRLCK, l->rows, l->row_count))
+            for (path = l->paths; *path; path += strlen(path) + 1) unlink(path);
+        shm_lock_bytes(l->lease, F_SETLK, F_UNLCK, 0, 1);
+    }
+
+    static void shm_leave_all(void)
+    {
+        const struct shm_leaver *l;
+        for (l = shm_leavers; l != NULL; l = l->next)
+            if (l->lease >= 0 && l->pid == getpid()) shm_leave(l);
+    }
+
+    static shm_word shm_on_exit(int lease, long rows, long count, const char *paths,
+                                Py_ssize_t size)
+    {
+        struct shm_leaver *l = shm_leavers;
+        while (l != NULL && (l->lease >= 0 && l->pid == getpid())) l = l->next;
+        if (l == NULL) {
+            l = calloc(1, sizeof *l);
+            if (l == NULL) return 0;
+            if (shm_leavers == NULL) atexit(shm_leave_all);
+            l->next = shm_leavers;
+            l->lease = -1;
+            shm_leavers = l;
+        }
+        free(l->paths);
+        l->paths = calloc(1, (size_t)size + 1);
+        if (l->paths == NULL) return 0;
+        memcpy(l->paths, paths, (size_t)size);
+        l->rows = rows;
+        l->row_count = count;
+        l->pid = getpid();
+        l->lease = lease;
+        return (shm_word)(uintptr_t)l;
+    }
+
+    static void shm_has_left(shm_word leaver, int lease)
+    {
+        struct shm_leaver *l = (struct shm_leaver *)(uintptr_t)leaver;
+        if (l->pid == getpid() && l->lease == lease) l->lease = -1;
     }
 
     static inline shm_word shm_little(shm_word word)
@@ -112,21 +172,30 @@ cdef extern from * nogil:
     /* Sum of n bytes as little-endian 64-bit words modulo 2**64 - 1. */
     static inline shm_word shm_sum(const unsigned char *p, Py_ssize_t n)
     {
+    #ifdef SHMCACHE_UNPROTECTED
+        (void)p, (void)n;
+        return 0; /* for tools/protection_cost.py */
+    #else
         unsigned __int128 total = 0;
-        shm_word word, low, sum;
-        for (; n >= 8; n -= 8, p += 8) {
-            memcpy(&word, p, 8);
-            total += shm_little(word);
+        shm_word words[4], low, sum;
+        for (; n >= 32; n -= 32, p += 32) {
+            memcpy(words, p, 32);
+            total += shm_little(words[0]);
+            total += shm_little(words[1]);
+            total += shm_little(words[2]);
+            total += shm_little(words[3]);
         }
-        if (n) {
-            word = 0;
-            memcpy(&word, p, (size_t)n);
-            total += shm_little(word);
-        }
+        memset(words, 0, 32);
+        memcpy(words, p, (size_t)n);
+        total += shm_little(words[0]);
+        total += shm_little(words[1]);
+        total += shm_little(words[2]);
+        total += shm_little(words[3]);
         low = (shm_word)total;
         sum = low + (shm_word)(total >> 64);
         sum += sum < low;
         return sum == ~0ull ? 0 : sum;
+    #endif
     }
     """
     ctypedef unsigned long long shm_word
@@ -145,4 +214,6 @@ cdef extern from * nogil:
     bint sem_try "shm_sem_try"(shm_word sem)
     int sem_wait "shm_sem_wait"(shm_word sem, shm_word ns)
     shm_word sum_words "shm_sum"(const unsigned char *p, Py_ssize_t n)
-    int at_exit "shm_at_exit"(object function) with gil
+    shm_word on_exit "shm_on_exit"(
+        int lease, long rows, long count, const char *paths, Py_ssize_t size)
+    void has_left "shm_has_left"(shm_word leaver, int lease)

@@ -23,6 +23,7 @@ from shmcache import _layout as L
 from shmcache.errors import (
     CacheClosed,
     ConfigMismatch,
+    OutOfSharedMemory,
     SegmentCorrupt,
     SegmentRefused,
 )
@@ -198,7 +199,12 @@ def create(names: Names, settings: Settings, lease_inode: int, now: int) -> Bloc
     geometry = settings.geometry
     block = Block(names, geometry.size)
     try:
-        make_semaphores(names, geometry.shards)
+        try:
+            make_semaphores(names, geometry.shards)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise no_room(names, geometry.shards * L.PAGE, "semaphores") from error
         buffer = block.view
         words = buffer.cast("Q")
         flags = L.FLAG_PERSIST * settings.persist | L.FLAG_SLIDING * settings.sliding
@@ -233,6 +239,17 @@ def create(names: Names, settings: Settings, lease_inode: int, now: int) -> Bloc
     return block
 
 
+def no_room(names: Names, size: int, what: str) -> OutOfSharedMemory:
+    """The error that tells what there is no room for."""
+    free = os.statvfs(SHM_DIR)
+    return OutOfSharedMemory(
+        f"cache {names.cache!r} needs {size:,} bytes of shared memory for its {what},"
+        f" and {SHM_DIR} has {free.f_bavail * free.f_frsize:,} free;"
+        " lower max_bytes or max_entries, or give it more room (docker:"
+        " --shm-size, Kubernetes: an emptyDir of medium Memory on /dev/shm)"
+    )
+
+
 def _put_text(buffer: memoryview, at: int, size: int, text: str) -> None:
     data = text.encode()
     if len(data) >= size:
@@ -259,7 +276,7 @@ def read_header(names: Names, buffer: memoryview) -> Header:
             f" with: shmcache unlink {names.cache}"
         )
 
-    words = buffer.cast("Q")
+    words = buffer[: L.ROWS_AT].cast("Q")  # the size of all may be any number
     if words[L.H_MAGIC] != L.MAGIC:
         raise corrupt("is not a segment of this package (no magic word)")
     if words[L.H_FORMAT] != L.FORMAT:

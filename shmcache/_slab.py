@@ -33,13 +33,16 @@ first.  Everything else is derived, and ``_rebuild`` derives it.
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
+import os
 import struct
+import sys
 from array import array
 from threading import get_ident
 from time import monotonic_ns
-from types import EllipsisType
+from types import EllipsisType, FrameType
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
@@ -62,13 +65,14 @@ if cython.compiled:
     from cython.cimports.cpython.exc import PyErr_CheckSignals
     from cython.cimports.cpython.unicode import PyUnicode_AsUTF8String
     from cython.cimports.shmcache._memory import (
-        at_exit,
         cas,
+        has_left,
         load,
         lowest_bit,
         memcmp,
         memcpy,
         now_ns,
+        on_exit,
         pause,
         prefetch,
         read_fence,
@@ -82,8 +86,12 @@ if cython.compiled:
         write_fence,
     )
 else:
+    from signal import SIG_BLOCK, SIG_SETMASK, pthread_sigmask, valid_signals
+
     from posix_ipc import BusyError, SignalError
     from posix_ipc import Semaphore as PosixSemaphore
+
+    _SIGNALS = valid_signals()
 
 compiled: bool = cython.compiled
 
@@ -138,6 +146,7 @@ _F_STAMP = cython.declare(cython.Py_ssize_t, L.F_STAMP)
 _F_CHECKSUM = cython.declare(cython.Py_ssize_t, L.F_CHECKSUM)
 _META_KEY = cython.declare(cython.uint, L.META_KEY)
 _META_TAG_SHIFT = cython.declare(cython.uint, L.META_TAG_SHIFT)
+_META_KNOWN = cython.declare(cython.uint, L.META_FETCHED * 2 - 1)
 _META_FETCHED = cython.declare(cython.uint, L.META_FETCHED)
 _R_HITS = cython.declare(cython.Py_ssize_t, L.R_HITS)
 _R_MISSES = cython.declare(cython.Py_ssize_t, L.R_MISSES)
@@ -259,10 +268,24 @@ def touch_buffers(shards: int) -> Any:
     )
 
 
-def call_at_exit(function: Any) -> bool:
-    """Have a function called when this very process, and no fork of it, calls C's
-    ``exit``, although it may not finalize Python; False where that cannot be had."""
-    return cython.compiled and at_exit(function) == 0
+def leave_on_exit(lease: int, rows: int, count: int, paths: Any) -> int:
+    """Have this process leave, and remove files if it is the last one out, when it
+    calls C's ``exit`` and does not finalize Python.
+
+    ``rows``, ``count``: the bytes of the lease file that hold the workers' locks;
+    ``paths``: what to remove, the lease file first.  Interpreted it does nothing.
+    """
+    if cython.compiled:
+        data: bytes = b"\0".join([os.fsencode(path) for path in paths]) + b"\0"
+        return on_exit(lease, rows, count, PyBytes_AS_STRING(data), len(data))
+    return 0
+
+
+def left_before_exit(leaver: int, lease: int) -> None:
+    """Take ``leave_on_exit`` back, given what it returned and its lease file."""
+    if cython.compiled:
+        if leaver:
+            has_left(leaver, lease)
 
 
 def close_semaphores(opened: Any) -> None:
@@ -1151,8 +1174,10 @@ class Slab:
         kind: cython.uint = (meta >> 16) & 15
         tag: cython.uint = (meta >> _META_TAG_SHIFT) & 15
         value_len: Index = self.w32[r + _F_VALUE_LEN]
-        if kind < 1 or kind > 4 or tag > 7:
+        if kind < 1 or kind > 4 or tag > 7 or self.w64[r // 2 + 1] == 0:
             return False
+        if meta & ~_META_KNOWN:
+            self.w32[r + _F_META] = meta & _META_KNOWN
         need: Index = self._need(key_len, value_len)
         if need > self.blocks:
             return False
@@ -1201,6 +1226,8 @@ class Slab:
             self.w64[b + _S_UNREAD] = evicted
         if self.w64[b + _S_TURNS] >> 63:
             self.w64[b + _S_TURNS] = 0
+        if self.w64[self._record(b, 0)] & 1:
+            self.w64[self._record(b, 0)] = 0  # the sentinel is no entry
         for i in range(_CLAIMS):
             at = b + _S_CLAIMS + 2 * i
             token = self.w64[at + 1]
@@ -1502,7 +1529,10 @@ class Slab:
                 got = sem_wait(sem, _LOOK_NS)
             self.waiting -= 1
             return got
+        before = pthread_sigmask(SIG_BLOCK, ())
         try:
+            # posix_ipc would lose what a signal handler raises during the wait.
+            pthread_sigmask(SIG_BLOCK, _SIGNALS)
             self.pysems[s].acquire(_LOOK_NS / 1e9)
             got = 1
         except BusyError:
@@ -1511,6 +1541,7 @@ class Slab:
             got = -1
         finally:
             self.waiting -= 1
+            pthread_sigmask(SIG_SETMASK, before)
         return got
 
     @cython.cfunc
@@ -1843,6 +1874,20 @@ class Slab:
         if how == _PROBE:
             return True
         return decode_tagged(self.codec, tag, data)
+
+    @cython.cfunc
+    def _key(self, b: Index, v: Index) -> bytes:
+        # A live entry's key, under the lock, for who did not come with it; its hash
+        # must agree.
+        meta: cython.uint = self.w32[2 * v + _F_META]
+        kind: cython.uint = (meta >> 16) & 15
+        if self.w64[v] & 1 == 0 or kind > 4:
+            raise Corrupt("key")
+        key: bytes = self._copy_out(b, self.w32[2 * v + _F_BLOCK], 0, meta & _MAX_KEY)
+        h: Word = xxh3_64_intdigest(key, self.seeds[kind])
+        if h & _MASK32 != self.w32[2 * v + _F_HASH]:
+            raise Corrupt("key")
+        return key
 
     @cython.cfunc
     def _value(self, b: Index, slot: Index, h: Word) -> bytes:
@@ -2495,9 +2540,7 @@ class Slab:
                             raise Corrupt("chain")
                         out[4 * n] = slot
                         out[4 * n + 1] = meta
-                        out[4 * n + 2] = self._copy_out(
-                            b, self.w32[2 * v + _F_BLOCK], 0, meta & _MAX_KEY
-                        )
+                        out[4 * n + 2] = self._key(b, v)
                         if values:
                             out[4 * n + 3] = self._value(
                                 b, slot, self.w32[2 * v + _F_HASH]
@@ -2591,7 +2634,7 @@ class Slab:
                     self._retire(b, slot, _EXPIRED)
                     continue
                 meta = self.w32[2 * v + _F_META]
-                key = self._copy_out(b, self.w32[2 * v + _F_BLOCK], 0, meta & _MAX_KEY)
+                key = self._key(b, v)
                 data = self._value(b, slot, self.w32[2 * v + _F_HASH])
                 self._retire(b, slot, _DELETED)
                 break
@@ -2770,3 +2813,44 @@ def _number(data: bytes, tag: cython.uint) -> object:
             cython.p_double, cython.cast(cython.p_void, PyBytes_AS_STRING(data))
         )[0]
     return (_LONG if tag == _TAG_INT else _DOUBLE).unpack(data)[0]
+
+
+# Interpreted, an exception out of a signal handler may strike between any two bytecodes,
+# and so also between taking the lock and the ``try`` that would give it back.  The
+# outermost call of a thread therefore looks for what it still holds.
+
+if not cython.compiled:
+
+    def _let_go(slab: Slab, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_globals is globals():
+                return  # of a signal handler, or a codec, inside another call
+            frame = frame.f_back
+        me = get_ident()
+        for s, owner in list(slab.owners.items()):
+            b = slab._base(s)
+            if owner == me and slab.w64[b + _S_HOLDER] == slab.token:
+                if slab.w64[b + _S_EPOCH] & 1:
+                    slab._mend(s, b, 0)
+                slab._release(s, b)
+
+    def _guarded(method: Any) -> Any:
+        @functools.wraps(method)
+        def guarded(self: Slab, /, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(self, *args, **kwargs)
+            except BaseException:
+                if self.token and self.guard[0] == self.token:
+                    _let_go(self, sys._getframe(1))
+                raise
+
+        return guarded
+
+    for _name in (
+        *("get", "peek", "__contains__", "__getitem__", "gets", "get_many", "ttl"),
+        *("set", "__setitem__", "add", "replace", "cas", "set_many", "touch"),
+        *("incr", "decr", "delete", "__delitem__", "pop", "delete_many"),
+        *("_flush_touches", "_step", "_scan", "_clear_step", "_pop_oldest"),
+        *("_repair", "_snapshot", "_claim", "_unclaim_key", "_disclaim"),
+    ):
+        setattr(Slab, _name, _guarded(getattr(Slab, _name)))

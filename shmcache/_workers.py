@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from shmcache._block import Block
     from shmcache._segment import Header, Names, Settings
+from shmcache._slab import leave_on_exit, left_before_exit
 
 log = logging.getLogger("shmcache")
 
@@ -69,9 +70,13 @@ class Lease:
 
     def __init__(self, names: Names) -> None:
         self._path = names.lease_path
-        self.fd = _segment.open_own(
-            self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        )
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.is_new = True
+        try:
+            self.fd = _segment.open_own(self._path, flags | os.O_EXCL)
+        except FileExistsError:
+            self.is_new = False
+            self.fd = _segment.open_own(self._path, flags)
         self.inode = os.fstat(self.fd).st_ino
 
     def current(self) -> bool:
@@ -158,6 +163,7 @@ class Attachment:
         self._guard_page, self.guard = _fork_guard()
         self.token = 0
         self.row = 0
+        self._leaver = 0
         # What the interpreted engine and get_or_set must know of this process's other
         # threads: who is inside which shard, and who computes which key.
         self.owners: dict[int, int] = {}
@@ -343,6 +349,7 @@ class Attachment:
                 self.words[self.row + L.R_TOKEN] = token
                 self.token = token
                 self.guard[0] = token
+                self._provide_for_exit()
         _leave_at_exit()
         log.debug(
             "worker %d attached to cache %s",
@@ -350,6 +357,15 @@ class Attachment:
             self.names.cache,
             extra={"cache": self.names.cache, "event": "attached", "pid": os.getpid()},
         )
+
+    def _provide_for_exit(self) -> None:
+        if self.header.settings.persist:
+            return
+        names = self.names
+        shards = range(self.header.geometry.shards)
+        paths = [names.lease_path, names.segment_path]
+        paths += [names.semaphore_path(shard) for shard in shards]
+        self._leaver = leave_on_exit(self.lease.fd, _ROW, L.ROWS, paths)
 
     def _free_row(self) -> int:
         # A row that nobody has, its lease taken; the dead leave theirs if need be.
@@ -392,10 +408,11 @@ class Attachment:
                 self._remove_lease()
 
     def _remove_lone_lease(self) -> None:
-        # Under the admin lock: without a segment a lease file is of no use to anybody.
+        # Under the admin lock: without a segment a lease file is of no use to anybody,
+        # and beside one that we were refused it is not for us to leave one.
         if (
             self.lease.current()
-            and not os.path.exists(self.names.segment_path)
+            and (self.lease.is_new or not os.path.exists(self.names.segment_path))
             and self.lease.holder(_ROW, L.ROWS) is None
         ):
             self._remove_lease()
@@ -406,6 +423,7 @@ class Attachment:
     def _close_files(self) -> None:
         # Closing the lease file frees all our locks on it, the row's among them.
         self._admin_depth = 0
+        left_before_exit(self._leaver, self.lease.fd)
         self.words = _segment.Gone()  # type: ignore[assignment]
         if hasattr(self, "block"):
             self.block.close()

@@ -25,7 +25,7 @@ from collections.abc import (
     ValuesView,
 )
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import posix_ipc
 
@@ -38,17 +38,16 @@ from shmcache._segment import Names, Settings
 from shmcache._slab import (
     MISSING,
     Slab,
-    call_at_exit,
     close_semaphores,
     compiled,
     touch_buffers,
     ttl_to_ns,
 )
 from shmcache._sweeper import sweeper
-from shmcache._uwsgi import in_first_process
-from shmcache._workers import Attachment, leave_all, mutex
+from shmcache._workers import Attachment, mutex
 from shmcache.errors import (
     CacheClosed,
+    ConfigMismatch,
     ReentrantCall,
     SegmentNotFound,
     UnsupportedKey,
@@ -214,6 +213,7 @@ class Stats:
     lock_timeouts: int
     recoveries: int  # shards taken over from the dead, or repaired
     dropped: int  # entries that a repair had to give up
+    recovered: int  # entries there when a persistent cache was last taken up again
     shards: int
     workers: int
     age: float
@@ -282,7 +282,7 @@ class Cache(Slab):
             persist,
             chosen.name,
         )
-        self._given_codec = None if isinstance(codec, str) else codec
+        self._given_codec = codec
         self._open(name, settings, chosen, lock_timeout, clock)
 
     @classmethod
@@ -296,11 +296,12 @@ class Cache(Slab):
     ) -> Self:
         """An existing cache, with its own settings; SegmentNotFound otherwise.
 
-        ``codec`` is needed only for one that cannot be made from its name.
+        ``codec`` is needed only for one that cannot be made from its name, and to read
+        and write what is pickled: the segment's word is not enough for that.
         """
         self = cls.__new__(cls)
         chosen = None if codec is None else make_codec(codec)
-        self._given_codec = None if isinstance(codec, str) else codec
+        self._given_codec = codec
         self._open(name, None, chosen, lock_timeout, clock)
         return self
 
@@ -331,8 +332,6 @@ class Cache(Slab):
     def _attach(self, settings: Settings | None) -> None:
         now = self._clock() if self._clock else time.monotonic_ns()
         attachment = Attachment.open(self._names, settings, now, self._revive)
-        if in_first_process():
-            call_at_exit(leave_all)
         try:
             self._take_up(attachment)
         except BaseException:
@@ -346,7 +345,8 @@ class Cache(Slab):
         header = attachment.header
         settings = header.settings
         if self._codec is None:
-            self._codec = make_codec(settings.codec)
+            unasked = settings.codec == "pickle"
+            self._codec = _Unasked() if unasked else make_codec(settings.codec)
         elif self._codec.name != settings.codec:
             settings.require_same(
                 Settings(**{**vars(settings), "codec": self._codec.name}), self.name
@@ -878,6 +878,7 @@ class Cache(Slab):
             lock_timeouts=sums[L.S_LOCK_TIMEOUTS],
             recoveries=sums[L.S_RECOVERIES],
             dropped=sums[L.S_DROPPED],
+            recovered=attachment.words[L.H_RECOVERED],
             shards=settings.shards,
             workers=sum(map(attachment.alive, attachment.tokens())),
             age=(time.time_ns() - attachment.header.created_ns) / 1e9,
@@ -925,6 +926,22 @@ class _EngineSettings:
     jitter_ppm: int
     epoch_ns: int
     lock_timeout_ns: int
+
+
+class _Unasked:
+    """The codec of those who attach to a cache of pickles without saying so."""
+
+    name = "pickle"
+
+    def encode(self, _: object) -> NoReturn:
+        """Refuses."""
+        raise ConfigMismatch(
+            "this cache has codec 'pickle', which executes code on reading, so it must"
+            " be asked for by name: if you trust all who write to the cache, attach"
+            " with codec='pickle'"
+        )
+
+    decode = encode
 
 
 class _Values(ValuesView[Any]):

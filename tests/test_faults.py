@@ -7,16 +7,18 @@ from the segment, 12 fairness.  A test's name begins with the number.
 
 from __future__ import annotations
 
-import ctypes
+import fcntl
 import inspect
 import itertools
-import json
 import logging
 import os
+import pickle
+import re
 import resource
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import textwrap
@@ -35,6 +37,7 @@ from test_processes import PATIENCE, SHM, Peer, finish, names_of, run, run_and_e
 import shmcache
 from shmcache import (
     Cache,
+    ConfigMismatch,
     LockTimeout,
     OutOfSharedMemory,
     ReentrantCall,
@@ -552,6 +555,7 @@ def check_strikes(stage: Stage, numbers: Iterator[int], what: str) -> int:
     stage.restore()
     stage.scenario.act(stage.cache, stage.clock, stage.keys)
     after = stage.content()
+    others = {key for key in before if before[key] == after.get(key)}
     count = 0
     for n in numbers:
         if not stage.strike(n, what):
@@ -565,8 +569,7 @@ def check_strikes(stage: Stage, numbers: Iterator[int], what: str) -> int:
         assert stage.findings() == [], f"after {what} {n}"
         for key, value in stage.content().items():
             assert value in (before.get(key), after.get(key)), f"after {what} {n}"
-        lost = before.keys() & after.keys() - stage.content().keys()
-        assert not lost, f"after {what} {n}"
+        assert others <= stage.content().keys(), f"after {what} {n}"
     stage.semaphore.close()
     return count
 
@@ -658,7 +661,11 @@ if what == "raises":
                 operate(m)
         except Strike:
             done += 1
-            # The process does nothing: others must go on.  It is they who tell.
+            # Others must be able to go on although this process does nothing more.
+            holder = cache._attachment.words[cache._words_of(0) + 1]
+            assert holder != cache._attachment.token, n
+        if n < rounds - 1:
+            operate(n)
     assert done == rounds
 else:
     answers = {"worked": 0, "refused": 0}
@@ -673,12 +680,12 @@ else:
             answers["refused"] += 1
 
     signal.signal(signal.SIGALRM, use)
-    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
-    for n in itertools.count():
-        operate(n)
-        if sum(answers.values()) >= rounds:
-            break
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    n = 0
+    for done in range(rounds):
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 1e-3))
+        while sum(answers.values()) <= done:
+            operate(n)
+            n += 1
     print(answers["worked"] > 0, answers["refused"])
 print("end", flush=True)
 sys.stdin.read()
@@ -690,7 +697,7 @@ def test_5_handlers_that_raise(make_cache: Callable[..., Cache]) -> None:
     any point of time, and then does nothing, leaves a cache that others can use."""
     cache = make_cache(max_entries=30, max_bytes=16_384, cleanup_interval=300)
     process = start(SIGNALS, "raises", cache.name, "400")
-    assert process.stdout.readline() == "end\n"
+    assert process.stdout.readline() == "end\n", finish(process)
     is_sound(cache)
     assert cache.stats().lock_timeouts == 0
     finish(process)
@@ -702,7 +709,8 @@ def test_5_handler_that_uses_the_cache(make_cache: Callable[..., Cache]) -> None
     interpreted, it is told when it may not; never is there a deadlock."""
     cache = make_cache(max_entries=100, max_bytes=65_536, cleanup_interval=300)
     process = start(SIGNALS, "uses", cache.name, "500")
-    worked, refused = process.stdout.readline().split()
+    answer = process.stdout.readline() or finish(process)
+    worked, refused = answer.split()
     assert worked == "True"
     if shmcache.compiled:
         assert refused == "0"
@@ -711,3 +719,698 @@ def test_5_handler_that_uses_the_cache(make_cache: Callable[..., Cache]) -> None
     finish(process)
     stats = cache.stats()
     assert (0, 0) == (stats.lock_timeouts, stats.dropped)
+
+
+# --- 6. creation ----------------------------------------------------------------
+
+CREATORS = 50
+ROUNDS = int(os.environ.get("SHMCACHE_CREATION_ROUNDS", "100"))
+
+
+def admin_of(path: str) -> int | None:
+    """The PID of the process that creates a segment just now."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    asked = struct.pack(_workers._FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+    answer = struct.unpack(_workers._FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    os.close(fd)
+    return answer[4] if answer[0] != fcntl.F_UNLCK else None
+
+
+def kill_a_creator(name: str, pids: list[int], random: Random) -> int:
+    """Kill who has the admin lock, at a random moment; the PID."""
+    path = f"{SHM}/shmcache-{os.getuid()}-{name}.lease"
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        pid = admin_of(path)
+        if pid in pids:
+            until = time.monotonic_ns() + random.randrange(1_000_000)
+            while time.monotonic_ns() < until:
+                pass
+            os.kill(pid, signal.SIGKILL)
+            return pid
+    raise TimeoutError("nobody ever had the admin lock")
+
+
+@pytest.mark.once
+def test_6_creators_killed_at_random(new_name: Callable[[], str]) -> None:
+    """Of 50 processes that create a cache at once, one to three are killed while they
+    have the admin lock: the others meet in one sound segment, and none is left when
+    they have gone; 100 times over."""
+    random = Random(6)
+    settings = {"max_entries": 2000, "shards": 4}
+    for _ in range(ROUNDS):
+        name = new_name()
+        begin, go = os.pipe()
+        told, tell = os.pipe()
+        ending, end = os.pipe()
+
+        def create(
+            name: str = name,
+            fds: tuple[int, ...] = (begin, go, tell, ending, end),
+        ) -> None:
+            begin, go, tell, ending, end = fds
+            os.close(go)
+            os.close(end)
+            os.read(begin, 1)
+            cache = Cache(name, **settings)
+            cache[os.getpid()] = os.getpid()
+            inode = os.fstat(cache._attachment.block._fd).st_ino
+            os.write(tell, struct.pack("<QQ", os.getpid(), inode))
+            os.read(ending, 1)
+            cache.close()
+
+        pids = []
+        for _ in range(CREATORS):
+            pid = os.fork()
+            if pid == 0:
+                run_and_end(create)
+            pids.append(pid)
+        for fd in (begin, tell, ending, go):
+            os.close(fd)  # of go: and so they begin
+        killed = {
+            kill_a_creator(name, pids, random) for _ in range(random.randint(1, 3))
+        }
+        inodes = {}
+        while len(inodes.keys() | killed) < CREATORS:
+            pid, inode = struct.unpack("<QQ", os.read(told, 16))
+            inodes[pid] = inode
+        survivors = set(pids) - killed
+        assert len({inodes[pid] for pid in survivors}) == 1
+        with Cache(name, **settings) as cache:
+            assert all(cache[pid] == pid for pid in survivors)
+            assert cache.check() == []
+            os.close(end)
+            for pid in pids:
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                assert code == (-signal.SIGKILL if pid in killed else 0)
+            assert cache.check() == []
+        os.close(told)
+        assert names_of(name) == []
+
+
+# --- 7. memory ------------------------------------------------------------------
+
+
+def with_shm_of(size: str, script: str) -> str:
+    """What a script prints that runs with a /dev/shm of its own, of a certain size."""
+    mount = f"mount -t tmpfs -o size={size},mode=1777 tmpfs {SHM} && "
+    command = mount + 'exec "$0" -W always -c "$1"'
+    process = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", command, sys.executable,
+         textwrap.dedent(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return finish(process)
+
+
+@pytest.mark.once
+@needs_mounts
+def test_7_too_small() -> None:
+    """Where a segment cannot fit, creation says how much it needs, how much is free
+    and what to do, and leaves nothing."""
+    output = with_shm_of("1m", """
+    import os
+    from shmcache import Cache, OutOfSharedMemory
+    try:
+        Cache("c", max_entries=10, max_bytes="4 MiB")
+    except OutOfSharedMemory as error:
+        print(error)
+    print(os.listdir("/dev/shm"))
+    """)
+    needed = 4 << 20
+    said = re.search(r"needs ([\d,]+) bytes .* has ([\d,]+) free", output)
+    assert said, output
+    assert needed < int(said[1].replace(",", "")) < needed + (1 << 20)
+    assert 1 << 20 == int(said[2].replace(",", ""))
+    assert "--shm-size" in output
+    assert output.endswith("[]\n")
+
+
+@pytest.mark.once
+@needs_mounts
+def test_7_room_for_all_but_the_semaphores() -> None:
+    """Whatever the room that is left, creation succeeds, or ends in OutOfSharedMemory
+    and leaves nothing."""
+    output = with_shm_of("4m", """
+    import os
+    from shmcache import Cache, OutOfSharedMemory
+    cache = Cache("c", max_entries=10, max_bytes="1 MiB", shards=4)
+    needed = cache.stats().segment_bytes
+    cache.close()
+    total = os.statvfs("/dev/shm")
+    total = total.f_bavail * total.f_frsize
+    for spare in range(-2, 7):
+        with open("/dev/shm/other", "wb") as other:
+            os.posix_fallocate(other.fileno(), 0, total - needed - 4096 * spare)
+        try:
+            cache = Cache("c", max_entries=10, max_bytes="1 MiB", shards=4)
+            cache["a"] = 1
+            cache.close()
+            print("made")
+        except OutOfSharedMemory:
+            print("refused")
+        assert os.listdir("/dev/shm") == ["other"], os.listdir("/dev/shm")
+    """)
+    assert ["refused"] * 6 + ["made"] * 3 == output.split()
+
+
+@needs_mounts
+def test_7_filled_by_another_program_afterwards() -> None:
+    """Another program that fills /dev/shm after creation does no harm: the cache can
+    be filled to its capacity and be emptied again."""
+    output = with_shm_of("8m", """
+    import os
+    from shmcache import Cache
+    cache = Cache("c", max_entries=1000, max_bytes="2 MiB", shards=2)
+    with open("/dev/shm/other", "wb", buffering=0) as other:
+        try:
+            while True:
+                other.write(bytes(4096))
+        except OSError:
+            pass
+    for n in range(3000):
+        cache[n] = bytes(n % 5000)
+        cache.get(n // 2)
+    print(cache.stats().bytes_used > 1_500_000, cache.check())
+    if os.fork() == 0:
+        cache["child"] = 1
+        cache.close()
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), cache["child"])
+    cache.clear()
+    cache.close()
+    print(os.listdir("/dev/shm"))
+    """)
+    assert output == "True []\n0 1\n['other']\n"
+
+
+# --- 8. foreign and damaged files -----------------------------------------------
+
+
+def snapshot(name: str) -> dict[str, Any]:
+    """All that is in /dev/shm for a cache: kinds, modes, owners and contents."""
+    found = {}
+    for entry in names_of(name):
+        path = Path(SHM, entry)
+        is_ = path.lstat()
+        content = path.read_bytes() if stat.S_ISREG(is_.st_mode) else None
+        found[entry] = (is_.st_mode, is_.st_uid, is_.st_ino, content)
+    return found
+
+
+@pytest.fixture
+def left(name: str) -> Iterator[tuple[str, Path, Path]]:
+    """The name of a persistent cache that nobody uses, its segment, its lease file."""
+    with Cache(name, max_entries=10, persist=True) as cache:
+        cache["there"] = "value"
+        names = cache._names
+    yield name, Path(names.segment_path), Path(names.lease_path)
+    for entry in names_of(name):
+        path = Path(SHM, entry)
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink()
+
+
+def refused(name: str, error: type[Exception], reason: str) -> None:
+    """Neither attaching nor creating goes, for this reason, and nothing changes."""
+    before = snapshot(name)
+    for use in (
+        lambda: Cache.attach(name),
+        lambda: Cache(name, max_entries=10, persist=True),
+        lambda: Cache(name, max_entries=99),
+    ):
+        with pytest.raises(error, match=reason):
+            use()
+        assert before == snapshot(name)
+
+
+def overwrite(path: Path, word: int, value: int) -> None:
+    """Change a word of a file."""
+    with path.open("r+b") as file:
+        file.seek(8 * word)
+        file.write(struct.pack("=Q", value))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("word", "value", "reason"),
+    [
+        (L.H_MAGIC, L.MAGIC ^ 1, "is not a segment of this package"),
+        (L.H_MAGIC, int.from_bytes(b"shmcache", "big"), "is not a segment"),
+        (L.H_FORMAT, L.FORMAT + 1, f"has format {L.FORMAT + 1}, .* format {L.FORMAT}"),
+        (L.H_SHARDS, 0, "claims 0 shards"),
+        (L.H_SHARDS, 1 << 63, "claims 9223372036854775808 shards"),
+        (L.H_SIZE, 1 << 40, "damaged geometry"),
+        (L.H_SLOTS, 1 << 32, "damaged geometry"),
+        (L.H_BLOCK_SIZE, 0, "damaged geometry"),
+        (L.H_MAX_BYTES, 1 << 62, "damaged geometry"),
+        (L.H_MAX_ENTRIES, 1 << 63, "damaged geometry"),
+        (L.NAME_AT // 8, 0, "was made for a cache named"),
+    ],
+)
+def test_8_damaged_header(
+    left: tuple[str, Path, Path], word: int, value: int, reason: str
+) -> None:
+    """A segment whose header makes no sense is refused, says why, and is not touched."""
+    name, segment, _ = left
+    overwrite(segment, word, value)
+    refused(name, SegmentCorrupt, reason)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("shift", [-1, 1, -4096, 4096, 1 << 20])
+def test_8_wrong_size(left: tuple[str, Path, Path], shift: int) -> None:
+    """A segment that was cut short or made longer is refused; no SIGBUS."""
+    name, segment, _ = left
+    size = segment.stat().st_size
+    os.truncate(segment, size + shift)
+    refused(name, SegmentCorrupt, f"has {size + shift:,} bytes and should have {size:,}")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("size", [0, 1, 7, 4096])
+def test_8_stump(left: tuple[str, Path, Path], size: int) -> None:
+    """What is left of a segment, too short for a header, is refused unless it is as
+    empty as a killed creator leaves it."""
+    name, segment, _ = left
+    os.truncate(segment, size)
+    if size:
+        refused(name, SegmentCorrupt, f"has {size} bytes, too few")
+    else:
+        with Cache(name, max_entries=10, persist=True) as cache:
+            assert len(cache) == 0
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("which", ["segment", "lease"])
+@pytest.mark.parametrize("mode", [0o644, 0o660, 0o606, 0o777])
+def test_8_wrong_mode(left: tuple[str, Path, Path], which: str, mode: int) -> None:
+    """A file that others can open is refused."""
+    name, *paths = left
+    paths[which == "lease"].chmod(mode)
+    refused(name, SegmentRefused, f"has mode {mode:o}, so others can open it")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("which", ["segment", "lease"])
+@pytest.mark.parametrize("what", ["symlink", "dangling", "directory", "fifo", "socket"])
+def test_8_no_regular_file(
+    left: tuple[str, Path, Path], tmp_path: Path, which: str, what: str
+) -> None:
+    """Something under the name of a segment, or lease file, that is no file of ours is
+    refused, neither followed nor waited for."""
+    name, *paths = left
+    path = paths[which == "lease"]
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes())
+    other.chmod(0o600)
+    path.unlink()
+    if what == "symlink":
+        path.symlink_to(other)
+    elif what == "dangling":
+        path.symlink_to(tmp_path / "nothing")
+    elif what == "directory":
+        path.mkdir()
+    elif what == "fifo":
+        os.mkfifo(path, 0o600)
+    else:
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    refused(name, SegmentRefused, "is not a regular file|is no file of ours")
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("which", ["segment", "lease"])
+def test_8_another_users_file(left: tuple[str, Path, Path], which: str) -> None:
+    """Another user's file under our name is refused, also to root."""
+    name, *paths = left
+    os.chown(paths[which == "lease"], 12345, -1)
+    refused(name, SegmentRefused, "belongs to user 12345, and we are user 0")
+
+
+@pytest.mark.once
+def test_8_refusal_leaves_no_lease_file(left: tuple[str, Path, Path]) -> None:
+    """Being refused a foreign segment leaves no new lease file beside it."""
+    name, segment, lease = left
+    lease.unlink()
+    segment.chmod(0o644)
+    refused(name, SegmentRefused, "has mode 644")
+
+
+@pytest.mark.damaged
+def test_8_header_damaged_while_in_use(
+    name: str, make_cache: Callable[..., Cache]
+) -> None:
+    """Who is attached goes on when the magic word is overwritten; newcomers are
+    refused, and the data stays."""
+    cache = make_cache(name, max_entries=10)
+    cache["there"] = "value"
+    cache._attachment.words[L.H_MAGIC] = 0
+    assert run(REFUSED, name).count("no magic word") == 2
+    cache["more"] = 1
+    assert (cache["there"], cache["more"]) == ("value", 1)
+    cache._attachment.words[L.H_MAGIC] = L.MAGIC
+    assert cache.check() == []
+
+
+REFUSED = """
+import sys
+from shmcache import Cache, SegmentCorrupt
+for use in Cache.attach, Cache:
+    try:
+        use(sys.argv[1])
+    except SegmentCorrupt as error:
+        print(error)
+"""
+
+
+# --- 9. nothing left ------------------------------------------------------------
+
+
+def test_9_attach_and_close_after_a_crash_leaves_nothing(
+    make_cache: Callable[..., Cache],
+) -> None:
+    """When all users were killed, one of them in the midst of writing, the next that
+    comes and leaves takes all that they left with it."""
+    cache = make_cache(**ROOMY, lock_timeout=0.1)
+    name = cache.name
+    writer = Writer(cache)
+    stop_inside(cache, writer.pid, writer.token)
+
+    def keep(link: Connection) -> None:
+        mine = Cache.attach(name)
+        link.send(mine._attachment.token)
+        signal.pause()
+
+    keeper = Peer(keep)
+    keeper.hear()
+    cache.close()
+    writer.kill()
+    keeper.kill()
+    assert len(names_of(name)) == 3
+    with Cache(name, max_entries=1) as heir:
+        assert heir.get("big") is None
+    assert names_of(name) == []
+
+
+# --- 10. warm restart -----------------------------------------------------------
+
+
+def test_10_warm_restart_after_a_clean_stop(name: str) -> None:
+    """A persistent cache is all there after a clean stop, and the counts say so."""
+    with Cache(name, max_entries=100, shards=2, persist=True) as cache:
+        for n in range(60):
+            cache[n] = n
+        assert cache.stats().recovered == 0
+    with Cache.attach(name) as cache:
+        assert {n: n for n in range(60)} == dict(cache.items())
+        assert (60, 0) == (cache.stats().recovered, cache.stats().dropped)
+        assert cache.check() == []
+        cache.unlink()
+
+
+def test_10_warm_restart_after_all_were_killed(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When all workers are killed in the midst of writing, what they had written is
+    there: of each worker's key the value acknowledged last, or the next one."""
+
+    def count(link: Connection, number: int) -> None:
+        cache = Cache(name, max_entries=100, shards=2, persist=True)
+        key = f"worker {number}"
+        for n in itertools.count():
+            cache[key] = (n, b"x" * (n % 3000))
+            os.write(acknowledge, struct.pack("<QQ", number, n))
+            if n == 20:
+                link.send("going")
+
+    for restart in range(3):
+        acknowledged, acknowledge = os.pipe()
+        peers = [
+            Peer(lambda link, number=number: count(link, number)) for number in range(4)
+        ]
+        os.close(acknowledge)
+        last: dict[int, int] = {}
+        fcntl.fcntl(acknowledged, 1031, 1 << 20)  # F_SETPIPE_SZ
+        for peer in peers:
+            assert peer.hear() == "going"
+        for peer in peers:
+            os.kill(peer.pid, signal.SIGKILL)
+        while data := os.read(acknowledged, 16):
+            number, n = struct.unpack("<QQ", data)
+            last[number] = n
+        os.close(acknowledged)
+        for peer in peers:
+            peer.end(-signal.SIGKILL)
+        with (
+            caplog.at_level(logging.INFO, "shmcache"),
+            Cache.attach(name) as cache,
+        ):
+            stats = cache.stats()
+            for number, n in last.items():
+                found, data = cache[f"worker {number}"]
+                assert found in (n, n + 1)
+                assert data == b"x" * (found % 3000)
+            assert cache.check() == []
+            assert len(last) == len(cache) == stats.recovered == 4
+            if restart == 2:
+                cache.unlink()
+    assert "4 entries recovered, 0 dropped" in caplog.text
+
+
+# --- 11. no code from the segment -----------------------------------------------
+
+
+def test_11_files_are_for_their_owner_only(make_cache: Callable[..., Cache]) -> None:
+    """Segment, lease file and semaphores have mode 600, whatever the umask."""
+    umask = os.umask(0)
+    try:
+        cache = make_cache(max_entries=10, shards=3)
+    finally:
+        os.umask(umask)
+    entries = names_of(cache.name)
+    assert len(entries) == 5
+    modes = {stat.S_IMODE(Path(SHM, entry).stat().st_mode) for entry in entries}
+    assert modes == {0o600}
+
+
+class Bomb:
+    """An object whose pickle says that it was loaded."""
+
+    loaded = 0
+
+    def __reduce__(self) -> Any:
+        """Pickles as a call."""
+        return Bomb.load, ()
+
+    @staticmethod
+    def load() -> int:
+        """What unpickling runs."""
+        Bomb.loaded += 1
+        return 1
+
+
+def test_11_no_pickle_unless_asked_by_name(make_cache: Callable[..., Cache]) -> None:
+    """A segment that says "pickle" is attached to only by those who say it, too."""
+    cache = make_cache(max_entries=10, codec="pickle")
+    cache["bomb"] = Bomb()
+    with pytest.raises(ConfigMismatch, match="codec is 'pickle' but asked for 'msgp"):
+        Cache.attach(cache.name, codec="msgpack")
+    with pytest.raises(ConfigMismatch, match="codec is 'pickle' but asked for 'msgp"):
+        Cache(cache.name, max_entries=10)
+    with Cache.attach(cache.name) as unasked:
+        assert unasked.stats().entries == 1
+        for use in (lambda: unasked["bomb"], lambda: list(unasked.values())):
+            with pytest.raises(ConfigMismatch, match="attach with codec='pickle'"):
+                use()
+        with pytest.raises(ConfigMismatch, match="attach with codec='pickle'"):
+            unasked["other"] = Bomb()
+        with (
+            pickle.loads(pickle.dumps(unasked)) as other,
+            pytest.raises(ConfigMismatch, match="attach with codec='pickle'"),
+        ):
+            other.get("bomb")
+    assert Bomb.loaded == 0
+    with Cache.attach(cache.name, codec="pickle") as same:
+        assert same["bomb"] == 1
+        with pickle.loads(pickle.dumps(same)) as third:
+            assert third["bomb"] == 1
+    assert Bomb.loaded == 2
+    Bomb.loaded = 0
+
+
+@pytest.mark.damaged
+def test_11_codec_changed_in_the_segment(make_cache: Callable[..., Cache]) -> None:
+    """Who writes "pickle" into the header of a segment gets nobody to load pickles."""
+    cache = make_cache(max_entries=10, codec="msgpack")
+    cache["list"] = [pickle.dumps(Bomb())]
+    cache._attachment.block.view[L.CODEC_AT : L.CODEC_AT + 7] = b"\x06pickle"
+
+    assert run(UNASKED, cache.name) == "ConfigMismatch\n" * 3
+    assert cache["list"] == [pickle.dumps(Bomb())]
+    assert Bomb.loaded == 0
+
+
+UNASKED = """
+import sys
+from shmcache import Cache, ConfigMismatch, SegmentCorrupt
+for read in (
+    lambda: Cache(sys.argv[1], max_entries=10, codec="raw"),
+    lambda: Cache.attach(sys.argv[1], codec="raw"),
+    lambda: Cache.attach(sys.argv[1])["list"],
+):
+    try:
+        print(read())
+    except ConfigMismatch:
+        print("ConfigMismatch")
+"""
+
+HOSTILE = {
+    "array of 2**32 - 1": b"\xdd\xff\xff\xff\xff",
+    "map of 2**32 - 1": b"\xdf\xff\xff\xff\xff",
+    "str of 2**32 - 1": b"\xdb\xff\xff\xff\xff",
+    "bin of 2**32 - 1": b"\xc6\xff\xff\xff\xff",
+    "ext of 2**32 - 1": b"\xc9\xff\xff\xff\xff\x01",
+    "array in arrays": b"\xdd\x7f\xff\xff\xff" * 100,
+    "depth of 100,000": b"\x91" * 100_000,
+    "maps of maps": b"\x81" * 100_000,
+    "unused byte": b"\xc1" + b"\xdd\xff\xff\xff\xff",
+    "unhashable key": b"\x81\x90\x01",
+    "no UTF-8": b"\xa2\xff\xff",
+    "two values": b"\x90\x90",
+    "nothing": b"",
+}
+
+
+@pytest.mark.damaged
+@pytest.mark.parametrize("bomb", HOSTILE)
+def test_11_hostile_msgpack(make_cache: Callable[..., Cache], bomb: str) -> None:
+    """Bytes in a segment that claim billions of elements, or endless depth, are
+    SegmentCorrupt, and cost no more memory than they have bytes."""
+    cache = make_cache(max_entries=10, max_bytes=1 << 20, codec="msgpack")
+    plant(cache, "bomb", HOSTILE[bomb])
+
+    def read(link: Connection) -> None:
+        mine = Cache.attach(cache.name)
+        # Address space for a hundred times the bomb, not for billions of pointers.
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), -1))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(SegmentCorrupt, match="cannot be decoded"):
+            mine.get("bomb")
+        with pytest.raises(SegmentCorrupt, match="cannot be decoded"):
+            mine.pop("bomb")
+        link.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        mine.close()
+
+    reader = Peer(read)
+    assert reader.hear() < 32 << 10  # KiB
+    reader.end()
+    assert cache.check() == []
+
+
+def plant(cache: Cache, key: str, data: bytes) -> None:
+    """Store bytes as if the cache's codec had made them."""
+
+    class Planter:
+        name = "msgpack"
+        dumps = staticmethod(lambda value: value)
+        loads = staticmethod(bytes)
+
+    # The bytes and a tag of their own; then the tag is made the codec's.
+    cache[key] = data
+    words = cache._attachment.block.view.cast("I")
+    geometry = cache._attachment.header.geometry
+    [record] = [
+        at
+        for slot in range(1, geometry.slots + 1)
+        if words[
+            (at := (geometry.shards_at + geometry.records_at + slot * L.RECORD) // 4)
+        ] & 1
+    ]
+    words[record + L.F_META] &= ~(15 << L.META_TAG_SHIFT)
+    words[record + L.F_CHECKSUM] = L.checksum(data, words[record + L.F_HASH], 0)
+
+
+# --- 12. fairness ---------------------------------------------------------------
+
+WRITERS = 8
+SECONDS = float(os.environ.get("SHMCACHE_FAIRNESS_SECONDS", "2"))
+LONGEST = 0.25  # s
+
+
+def run_delay() -> int:
+    """For how long the scheduler has kept this thread from running, in ns."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    except OSError:
+        return 0
+
+
+def hammer(cache: Cache, number: int, seconds: float) -> tuple[int, float, int]:
+    """Write without a pause: operations done, and of the longest one the seconds that
+    the scheduler has not to answer for, and the turns that others took meanwhile."""
+    turns = cache._words_of(0) + L.S_TURNS
+    words = cache._attachment.words
+    done, longest, passed = 0, 0.0, 0
+    end = time.monotonic() + seconds
+    before, delayed, taken = time.monotonic(), run_delay(), words[turns]
+    while before < end:
+        cache[done % 50] = number
+        done += 1
+        now = time.monotonic()
+        if now - before > LONGEST / 4:
+            waited = now - before - (run_delay() - delayed) / 1e9
+            if waited > longest:
+                longest, passed = waited, words[turns] - taken
+        if now - before > LONGEST / 4 or done % 64 == 0:
+            delayed = run_delay()
+            now = time.monotonic()
+        before, taken = now, words[turns]
+    return done, longest, passed
+
+
+def test_12_nobody_starves(make_cache: Callable[..., Cache]) -> None:
+    """Of eight processes that hammer one shard each gets its turns, and none is made
+    to wait a quarter of a second while the others take theirs.
+
+    On a busy machine a process may stand still for longer: that time is known from
+    the scheduler if it is the waiting process, and if it is the one that has the lock
+    then no turns are taken meanwhile.  So a wait counts for the time that it took
+    without the scheduler, but for no more than the turns that passed usually take.
+    """
+    cache = make_cache(max_entries=100, shards=1, lock_timeout=PATIENCE)
+    name = cache.name
+
+    def write(link: Connection, number: int) -> None:
+        with Cache.attach(name, lock_timeout=PATIENCE) as mine:
+            mine["in"] = 1
+            link.send("ready")
+            link.recv()
+            link.send(hammer(mine, number, SECONDS))
+
+    writers = [
+        Peer(lambda link, number=number: write(link, number))
+        for number in range(WRITERS)
+    ]
+    for writer in writers:
+        assert writer.hear() == "ready"
+    first, started = shard_word(cache, L.S_TURNS), time.monotonic()
+    for writer in writers:
+        writer.say()
+    results = [writer.hear() for writer in writers]
+    turn = (time.monotonic() - started) / (shard_word(cache, L.S_TURNS) - first)
+    for writer in writers:
+        writer.end()
+    assert all(done > 10 for done, _, _ in results), results
+    worst = max(min(longest, passed * turn) for _, longest, passed in results)
+    assert worst < LONGEST, results

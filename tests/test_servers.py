@@ -175,7 +175,6 @@ class Server:
             self.process.wait()
         if error:
             sys.stderr.write(self.output())
-        self.last = self.output()
         self.log.close()
         shutil.rmtree(self.home)
 
@@ -294,13 +293,17 @@ def at_once(function: Callable[[], object], times: int) -> None:
         thread.join()
 
 
+def installed(kind: Kind) -> Kind:
+    """The server; without it the test is skipped."""
+    if kind.missing:
+        pytest.skip(f"{kind.missing} is not installed: pip install 'shmcache[test]'")
+    return kind
+
+
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.id)
 def kind(request: pytest.FixtureRequest) -> Kind:
     """Each server in turn."""
-    found: Kind = request.param
-    if found.missing:
-        pytest.skip(f"{found.missing} is not installed: pip install 'shmcache[test]'")
-    return found
+    return installed(request.param)
 
 
 # --- tests ----------------------------------------------------------------------
@@ -336,4 +339,88 @@ def test_workers_share_one_cache(kind: Kind, name: str, warm: bool) -> None:
         assert state["findings"] == []
         assert state["lock_timeouts"] == 0
         server.stop()
-    assert names_of(name) == [], server.last
+    assert names_of(name) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "persist"),
+    [
+        (gunicorn("sync", "--preload"), False),  # the first process keeps the cache
+        (gunicorn("gthread"), True),
+        (uwsgi(), True),
+        (uwsgi("--lazy-apps"), True),
+    ],
+    ids=lambda value: getattr(value, "id", f"persist={value}"),
+)
+def test_reload_and_restart(kind: Kind, name: str, persist: bool) -> None:
+    """All workers are replaced at a reload, and their successors find everything; a
+    persistent cache outlives the server as well."""
+    installed(kind)
+    with Server(kind, name, persist=persist) as server:
+        before = server.meet()
+        server.ask("put", key="kept", value="over a reload")
+        server.ask("count", times=100)
+        server.process.send_signal(signal.SIGHUP)
+        server.until(lambda: not any(map(psutil.pid_exists, before)))
+        assert not server.meet() & before
+        assert server.ask("get", key="kept") == "over a reload"
+        assert server.ask("count", times=100) == 200
+        assert server.ask("state")["findings"] == []
+        server.stop()
+    if not persist:
+        assert names_of(name) == []
+        return
+    with Server(kind, name, persist=persist) as server:
+        server.meet()
+        assert server.ask("get", key="kept") == "over a reload"
+        assert server.ask("count", times=100) == 300
+        server.stop()
+    with Cache.attach(name) as cache:
+        assert cache["counter"] == 300
+        assert cache.check() == []
+        cache.unlink()
+    assert names_of(name) == []
+
+
+@pytest.mark.parametrize("kind", [uwsgi(), uwsgi("--lazy-apps")], ids=lambda k: k.id)
+def test_expired_entries_go_without_threads(kind: Kind, name: str) -> None:
+    """Under uWSGI without threads there is no sweeper, and inserts sweep as they go."""
+    with Server(installed(kind), name, warm=True, cleanup_interval=1) as server:
+        workers = server.meet()
+        for n in range(20):
+            server.ask("put", key=n, value="short", ttl=0.001)
+        server.ask("put", key="last", value="short", ttl=0.001)
+        server.until(lambda: server.ask("get", key="last") is None)
+        state = server.ask("state")
+        assert not [name for name in state["threads"] if "sweeper" in name]
+        for n in range(10):
+            server.ask("put", key=-n, value="stays")
+        state = server.ask("state")
+        assert state["expired"] == 21
+        assert state["entries"] == 10 + 1 + len(workers)
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [uwsgi("--enable-threads"), gunicorn("sync"), gunicorn("gevent", "--preload")],
+    ids=lambda k: k.id,
+)
+def test_expired_entries_go_by_themselves(kind: Kind, name: str) -> None:
+    """Each worker's sweeper removes what has expired, without any operation, and the
+    process that forks the workers has no sweeper that it does not stop for it."""
+    with Server(installed(kind), name, warm=True, cleanup_interval=0.05) as server:
+        server.meet()
+        for n in range(20):
+            server.ask("put", key=n, value="short", ttl=0.001)
+        server.until(lambda: server.ask("state")["expired"] == 20)
+        # Workers that are forked beside all this work, too.
+        _, *victims = server.meet()
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        server.until(lambda: not any(map(psutil.pid_exists, victims)))
+        server.meet()
+        server.ask("put", key="again", value="short", ttl=0.001)
+        server.until(lambda: server.ask("state")["expired"] == 21)
+        server.stop()
+    assert names_of(name) == []

@@ -21,7 +21,7 @@ READY = "SHMCACHE_DEMO_READY"  # a pipe: each worker writes a byte when it can s
 
 worker_class = "sync"
 loglevel = "warning"
-graceful_timeout = 2  # s; a page takes half a second at most
+graceful_timeout = 2  # s; the slowest page takes a third of that on an idle machine
 # It would be a file in the user's home.  Older gunicorns skip names unknown to them.
 control_socket_disable = True
 

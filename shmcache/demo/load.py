@@ -59,8 +59,8 @@ def zipf(names: Sequence[str], count: int) -> list[str]:
 def fetch(address: tuple[str, int], name: str) -> str:
     """Ask for a page, check that it is the right one; returns the origin it names.
 
-    A bare socket: ``http.client`` takes four times as long, and the load generator
-    should leave the processors to those it measures.
+    A bare socket does less than ``http.client``: the load generator should leave the
+    processors to those it measures.
     """
     request = f"GET /{name}.html HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n"
     chunks = []

@@ -1,0 +1,329 @@
+"""Damage: a segment is damaged in a seeded way, and then everything is done to it.
+
+Run as a program it damages one segment again and again, each time from the same sound
+bytes, and prints a JSON object of what happened.  A signal that ends it, or an
+exception that the package does not promise, is the failure that a test looks for;
+``replay`` in the environment is the number of the one round to run, verbosely.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import mmap
+import os
+import random
+import signal
+import sys
+from collections import Counter
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import posix_ipc
+
+import shmcache
+from shmcache import _check
+from shmcache import _layout as L
+from shmcache.errors import ShmCacheError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# A round that takes longer never ends; SIGALRM ends it.
+ROUND_SECONDS = 30
+SETTINGS: dict[str, Any] = {
+    "max_entries": 30,
+    "max_bytes": 120 * 64,
+    "shards": 2,
+    "cleanup_interval": 300,
+    # The holder's word may come to name somebody who lives.
+    "lock_timeout": 0.2,
+}
+KEYS: list[Any] = [f"key {n}" for n in range(40)]
+KEYS += ["k" * 150, b"bytes", 7, -(1 << 70), ("tuple", 1, (b"in", 2)), ""]
+
+
+class Violation(Exception):
+    """Something that the cache promised is not so."""
+
+
+def value_of(key: Any, number: int) -> Any:
+    """One of the values that are stored under a key, and under no other."""
+    text = f"{key!r} {number} "
+    return (
+        text.encode() * (1 + number),
+        text * 2,
+        [text, number, None],
+        text.encode() * 20,
+    )[number]
+
+
+class Clock:
+    """A clock that moves when it is told to; ns."""
+
+    ns = 1_000_000_000_000
+
+    def __call__(self) -> int:
+        """The time."""
+        return self.ns
+
+
+class Rounds:
+    """One segment, damaged in each round anew."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.seed = seed
+        self.clock = Clock()
+        self.cache = shmcache.Cache(name, **SETTINGS, clock=self.clock)
+        self.attachment = self.cache._attachment
+        self.geometry = self.attachment.header.geometry
+        self.buffer = self.attachment.block.buf
+        self.fill()
+        self.start = self.clock.ns
+        self.sound = bytes(self.buffer)
+        self.header = _check.read_header(self.sound)
+        self.semaphores = [
+            posix_ipc.Semaphore(self.cache._names.semaphore(shard))
+            for shard in range(SETTINGS["shards"])
+        ]
+        self.seen: Counter[str] = Counter()
+        self.areas = list(self.places())
+
+    def fill(self) -> None:
+        """Entries of all kinds; some were overwritten, removed, read, prolonged."""
+        cache = self.cache
+        for n, key in enumerate(KEYS):
+            cache.set(key, value_of(key, n % 4), ttl=(None, 0.5, 30, 4000)[n % 4])
+        for key in KEYS[::5]:
+            cache.delete(key)
+        for key in KEYS[::3]:
+            cache.get(key)
+            cache.touch(key, ttl=60)
+        for key in KEYS[::7]:
+            cache[key] = value_of(key, 1)
+        cache["counter"] = 41
+        cache["float"] = 0.5
+        cache._claim(0, 12345, 0)
+        cache._flush_touches()
+
+    # --- damage -----------------------------------------------------------------------
+
+    def places(self) -> Iterator[tuple[str, int, int]]:
+        """The parts of a segment: name, first byte, length."""
+        g = self.geometry
+        yield "header", 0, 1024
+        yield "rows", L.ROWS_AT, 4 * L.ROW_SIZE
+        for shard in range(g.shards):
+            at = g.shards_at + shard * g.stride
+            yield "lock line", at, 64
+            yield "counts", at + 64, 8 * L.S_WHEEL_BITS - 64
+            wheel = 8 * (L.S_CLAIMS - L.S_WHEEL_BITS)
+            yield "wheel", at + 8 * L.S_WHEEL_BITS, wheel
+            yield "claims", at + 8 * L.S_CLAIMS, 16 * L.CLAIMS
+            yield "buckets", at + g.buckets_at, 4 * g.slots
+            records = L.RECORD * (g.slots + 1)
+            yield "records", at + g.records_at, records
+            yield "records", at + g.records_at, records
+            yield "links", at + g.links_at, 4 * (g.blocks + 1)
+            yield "arena", at + g.arena_at, g.block_size * (g.blocks + 1)
+
+    def damage(self, rng: random.Random) -> str:
+        """Change some bytes; what was done, for people."""
+        area, at, length = rng.choice(self.areas)
+        kind, change = rng.choice(
+            [
+                ("bits", self.flip_bits),
+                ("word", self.replace_word),
+                ("index", self.replace_index),
+                ("swap", self.swap_words),
+                ("noise", self.overwrite),
+                ("zeros", self.zero),
+            ]
+        )
+        change(rng, at, length)
+        return f"{kind} in {area}"
+
+    def flip_bits(self, rng: random.Random, at: int, length: int) -> None:
+        for _ in range(rng.choice([1, 1, 1, 2, 8])):
+            self.buffer[at + rng.randrange(length)] ^= 1 << rng.randrange(8)
+
+    def replace_word(self, rng: random.Random, at: int, length: int) -> None:
+        size = rng.choice([4, 8])
+        where = at + rng.randrange(length // size) * size
+        word = rng.choice(
+            [0, 1, (1 << 64) - 1, 1 << 63, (1 << 63) - 1, 1 << 31, rng.getrandbits(64)]
+        )
+        self.buffer[where : where + size] = word.to_bytes(8, "little")[:size]
+
+    def replace_index(self, rng: random.Random, at: int, length: int) -> None:
+        """A word that looks like a link, and so leads astray instead of nowhere."""
+        where = at + rng.randrange(length // 4) * 4
+        index = rng.randrange(self.geometry.slots + 3)
+        self.buffer[where : where + 4] = index.to_bytes(4, "little")
+
+    def swap_words(self, rng: random.Random, at: int, length: int) -> None:
+        size = rng.choice([4, 8])
+        a, b = (at + rng.randrange(length // size) * size for _ in range(2))
+        first, second = bytes(self.buffer[a : a + size]), self.buffer[b : b + size]
+        self.buffer[a : a + size] = bytes(second)
+        self.buffer[b : b + size] = first
+
+    def overwrite(self, rng: random.Random, at: int, length: int) -> None:
+        n = min(length, rng.choice([2, 16, 64, 300, 4096]))
+        where = at + rng.randrange(length - n + 1)
+        self.buffer[where : where + n] = rng.randbytes(n)
+
+    def zero(self, rng: random.Random, at: int, length: int) -> None:
+        n = min(length, rng.choice([8, 64, 300, 4096]))
+        where = at + rng.randrange(length - n + 1)
+        self.buffer[where : where + n] = bytes(n)
+
+    # --- use --------------------------------------------------------------------------
+
+    def verify(self, key: Any, value: Any) -> None:
+        """A value found under a key is one that was stored under it."""
+        known = (value_of(key, number) for number in range(4))
+        if key == "counter":
+            good = type(value) is int and 41 <= value < 50
+        elif key == "float":
+            good = value == 0.5
+        else:
+            good = key in KEYS and value in known
+        if not good:
+            raise Violation(f"{key!r}: {value!r} was never stored under it")
+
+    def get(self, key: Any) -> None:
+        value = self.cache.get(key)
+        if value is not None:
+            self.verify(key, value)
+
+    def pop(self, key: Any) -> None:
+        value = self.cache.pop(key, None)
+        if value is not None:
+            self.verify(key, value)
+
+    def gets(self, key: Any) -> None:
+        value, token = self.cache.gets(key)
+        if value is not None:
+            self.verify(key, value)
+            self.cache.cas(key, value_of(key, 3), token, ttl=5)
+
+    def incr(self, _key: Any) -> None:
+        # A counter that damage has removed starts anew.
+        self.verify("counter", self.cache.incr("counter", initial=41))
+
+    def items(self, _key: Any) -> None:
+        for key, value in self.cache.items():
+            self.verify(key, value)
+
+    def popitem(self, _key: Any) -> None:
+        with suppress(KeyError):
+            self.verify(*self.cache.popitem())
+
+    def ttl(self, key: Any) -> None:
+        with suppress(KeyError):
+            self.cache.ttl(key)
+
+    def get_or_set(self, key: Any) -> None:
+        # A claim that names one who lives is waited for.
+        value = self.cache.get_or_set(key, lambda: value_of(key, 2), timeout=0.05)
+        self.verify(key, value)
+
+    def later(self, _key: Any) -> None:
+        self.clock.ns += 700_000_000
+        self.cache.sweep()
+
+    def operations(self) -> list[Callable[[Any], object]]:
+        """What can be done with a key."""
+        cache = self.cache
+        return [
+            *(self.get, self.get, self.pop, self.gets, self.incr, self.items),
+            *(self.popitem, self.ttl, self.get_or_set, self.later),
+            lambda key: cache.set(key, value_of(key, 0)),
+            lambda key: cache.set(key, value_of(key, 1), ttl=0.5),
+            lambda key: cache.set(key, value_of(key, 3), ttl=3),
+            lambda key: cache.add(key, value_of(key, 2)),
+            lambda key: cache.replace(key, value_of(key, 0)),
+            lambda key: cache.touch(key, ttl=70),
+            lambda key: cache.delete(key),
+            lambda key: key in cache,
+            lambda key: cache.peek(key),
+            lambda key: cache.clear(prefix="key 1"),
+            lambda _: len(cache),
+            lambda _: cache.stats(),
+            lambda _: cache._tend(0.05),
+        ]
+
+    def use(self, rng: random.Random) -> None:
+        """Do everything, in random order; refusals are counted."""
+        operations = self.operations()
+        if rng.random() < 0.1:
+            operations.append(lambda _: self.cache.check())  # slow, on all rows
+        rng.shuffle(operations)
+        for operation in operations:
+            try:
+                operation(rng.choice(KEYS))
+            except ShmCacheError as error:
+                self.seen[type(error).__name__] += 1
+
+    def shards_findings(self) -> list[str]:
+        """What the checker says of the shards; nobody repairs headers and rows."""
+        findings = []
+        for shard in range(self.geometry.shards):
+            data = self.cache._snapshot(shard, 0, self.geometry.stride)
+            findings += _check.check_shard(data, self.header, shard, quiescent=False)
+        return findings
+
+    def restore(self) -> None:
+        """The segment as it was before the damage; the locks are free."""
+        self.buffer[:] = self.sound
+        self.clock.ns = self.start
+        for semaphore in self.semaphores:
+            while semaphore.value > 1:
+                semaphore.acquire(0)
+            if semaphore.value == 0:
+                semaphore.release()
+        self.attachment.flights.clear()
+
+    def round(self, number: int) -> None:
+        """Damage, use, repair, and use again."""
+        rng = random.Random(f"{self.seed} {number}")
+        self.restore()
+        what = self.damage(rng)
+        self.seen[what] += 1
+        self.use(rng)
+        for shard in range(SETTINGS["shards"]):
+            self.cache._repair(shard)
+        findings = self.shards_findings()
+        if findings:
+            raise Violation(f"after {what} and repair: {findings}")
+        before = self.seen["SegmentCorrupt"]
+        self.use(rng)
+        findings = self.shards_findings()
+        if findings or self.seen["SegmentCorrupt"] > before:
+            raise Violation(f"after {what}, repair and use: {findings}")
+
+
+def main() -> None:
+    """Run rounds: name, seed, first round, number of rounds, shared progress."""
+    name, seed, first, rounds, progress_fd = sys.argv[1:]
+    faulthandler.enable()
+    progress = memoryview(mmap.mmap(int(progress_fd), mmap.PAGESIZE)).cast("Q")
+    all_rounds = Rounds(name, int(seed))
+    for number in range(int(first), int(first) + int(rounds)):
+        progress[0] = number
+        signal.setitimer(signal.ITIMER_REAL, ROUND_SECONDS)
+        try:
+            all_rounds.round(number)
+        except BaseException as error:
+            error.add_note(f"seed {seed}, round {number}")
+            raise
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    all_rounds.restore()
+    os.sched_yield()
+    all_rounds.cache.close()
+    print(json.dumps(all_rounds.seen))
+
+
+if __name__ == "__main__":
+    main()
