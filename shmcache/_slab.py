@@ -1145,9 +1145,10 @@ class Slab:
         self._lru_front(b, slot)
         if expires != _NEVER:
             self._wheel_insert(b, slot, expires, now)
-        self.w64[b + _S_ENTRIES] += 1
         if old:
             self._retire(b, old, _REPLACED)
+        # Last, as len() looks without the lock and shall never see one too many.
+        self.w64[b + _S_ENTRIES] += 1
         self.w64[b + _S_SETS] += 1
         return version
 
@@ -1263,7 +1264,7 @@ class Slab:
                 continue
             fresh = slot
             if self.w64[v] & 1:
-                if self.w64[v] <= _MAX_VERSION and self._sound(b, slot, claimed):
+                if 1 < self.w64[v] <= _MAX_VERSION and self._sound(b, slot, claimed):
                     state[slot] = 1
                     if self.w64[v] >> 1 > sequence:
                         sequence = self.w64[v] >> 1
@@ -2493,6 +2494,8 @@ class Slab:
         due: Word
         self._begin(s, b)
         try:
+            if self.w64[b + _S_ENTRIES] > self.capacity[s]:
+                raise Corrupt("entries")
             due = self.w64[b + _S_DUE]
             if limit and due and now >= due:
                 removed = self._reclaim(b, now, limit, True)

@@ -68,12 +68,12 @@ _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length,
 class Lease:
     """The open lease file of a segment, and the kernel locks on its bytes."""
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: Names, *, create: bool = True) -> None:
         self._path = names.lease_path
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.is_new = True
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_CREAT * create
+        self.is_new = create
         try:
-            self.fd = _segment.open_own(self._path, flags | os.O_EXCL)
+            self.fd = _segment.open_own(self._path, flags | os.O_EXCL * create)
         except FileExistsError:
             self.is_new = False
             self.fd = _segment.open_own(self._path, flags)
@@ -103,6 +103,10 @@ class Lease:
             _FLOCK, fcntl.fcntl(self.fd, fcntl.F_GETLK, asked)
         )
         return None if kind == fcntl.F_UNLCK else max(0, pid)
+
+    def in_use(self) -> bool:
+        """Whether another process has a worker row."""
+        return self.holder(_ROW, L.ROWS) is not None
 
     def wait(self, byte: int, what: str) -> None:
         """Lock a byte; LockTimeout, naming the holder, after ADMIN_TIMEOUT."""
@@ -412,7 +416,7 @@ class Attachment:
         # and beside one that we were refused it is not for us to leave one.
         if (
             self.lease.current()
-            and (self.lease.is_new or not os.path.exists(self.names.segment_path))
+            and (self.lease.is_new or not os.path.lexists(self.names.segment_path))
             and self.lease.holder(_ROW, L.ROWS) is None
         ):
             self._remove_lease()

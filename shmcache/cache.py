@@ -792,10 +792,13 @@ class Cache(Slab):
             while self._due(shard) and self._step(shard, STEP) >= 0:
                 pass
         words = self._attachment.words
-        return sum(
-            words[self._words_of(shard) + L.S_ENTRIES]
-            for shard in range(self._settings.shards)
-        )
+        total = 0
+        for shard in range(self._settings.shards):
+            at = self._words_of(shard) + L.S_ENTRIES
+            if words[at] > self._attachment.header.geometry.slots:
+                self._step(shard, 0)  # raises, and has the count repaired
+            total += words[at]
+        return total
 
     def __bool__(self) -> bool:
         """True: a cache is not nothing because it is empty."""

@@ -9,6 +9,7 @@ refusals, and every ShmCacheError.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import signal
@@ -21,6 +22,8 @@ from shmcache.errors import ShmCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from shmcache._clean import Found
 
 USAGE_ERROR = 2
 
@@ -128,6 +131,141 @@ def _info(_options: argparse.Namespace) -> int:
     return 0
 
 
+def _clean_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "List the caches of this user in shared memory, and remove those that no living"
+        " process uses: what crashes have left.  One in use is never removed, nor one"
+        " that is to persist, unless --persistent says so.  Asks first."
+    )
+    parser.add_argument(
+        "names", metavar="NAME", nargs="*", help="only these", type=_cache_name
+    )
+    parser.add_argument("--yes", action="store_true", help="remove without asking")
+    parser.add_argument(
+        "--persistent",
+        action="store_true",
+        help="also remove caches made with persist=True, and so the data in them",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="say it as JSON; removes nothing without --yes",
+    )
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from shmcache import _clean
+
+    found = [
+        one
+        for one in _clean.survey()
+        if not options.names or one.name in options.names
+    ]
+    chosen = [
+        one.name
+        for one in found
+        if not (one.in_use or one.trouble or (one.persist and not options.persistent))
+    ]
+    if not options.json:
+        for one in found:
+            print(f"{_state(one, one.name in chosen):12}{one.bytes:>15,} B  {one.name}")
+            if one.trouble:
+                print(f"  {one.trouble}")
+        if not chosen:
+            print("nothing to remove")
+            return 0
+    removed = []
+    if options.yes or (not options.json and _agreed(len(chosen))):
+        removed = [name for name in chosen if _clean.remove(name)]
+    if options.json:
+        caches = [
+            {**vars(one), "unused": one.name in chosen, "removed": one.name in removed}
+            for one in found
+        ]
+        print(json.dumps({"caches": caches}, indent=2))
+        return 0
+    print(f"removed {len(removed)} of {len(found)}")
+    return 0 if removed else 1
+
+
+def _state(one: Found, chosen: bool) -> str:
+    if one.trouble:
+        return "refused"
+    if one.in_use:
+        return "in use"
+    return "unused" if chosen else "persistent"
+
+
+def _agreed(count: int) -> bool:
+    try:
+        answer = input(f"remove {count} unused? [y/N] ")
+    except EOFError:
+        print("no answer; use --yes to remove without being asked")
+        return False
+    return answer.strip().lower() in {"y", "yes"}
+
+
+def _unlink_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Remove one cache from shared memory, persistent or damaged as it may be."
+    )
+    parser.add_argument("name", metavar="NAME", help="of the cache", type=_cache_name)
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="also if it is in use: who is attached goes on with what it has, and"
+        " newcomers get a new one",
+    )
+
+
+def _unlink(options: argparse.Namespace) -> int:
+    from shmcache import _clean
+
+    name = options.name
+    found = [one for one in _clean.survey() if one.name == name]
+    if not found:
+        print(f"shmcache: there is no cache named {name!r}", file=sys.stderr)
+        return USAGE_ERROR
+    if not _clean.remove(name, force=options.force):
+        print(
+            f"shmcache: cache {name!r} is in use; stop the processes that use it, or"
+            " use --force",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"removed {name}")
+    return 0
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Look for damage in a cache's segment, from a copy and without attaching."
+        "  Exit code 1 if there is some."
+    )
+    parser.add_argument("name", metavar="NAME", help="of the cache", type=_cache_name)
+    parser.add_argument("--json", action="store_true", help="say it as JSON")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from shmcache import _clean
+
+    findings = _clean.check(options.name)
+    if options.json:
+        print(json.dumps({"name": options.name, "findings": findings}, indent=2))
+    else:
+        print("\n".join(findings) or f"cache {options.name} is sound")
+    return 1 if findings else 0
+
+
+def _cache_name(text: str) -> str:
+    from shmcache._segment import Names
+
+    try:
+        return Names.of(text).cache
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 _COMMANDS = (
     Command(
         "demo",
@@ -136,4 +274,7 @@ _COMMANDS = (
         _demo,
     ),
     Command("info", "Version, engine, Python and platform.", _no_options, _info),
+    Command("check", "Look for damage in a cache.", _check_options, _check),
+    Command("clean", "Remove what no living process uses.", _clean_options, _clean),
+    Command("unlink", "Remove one cache.", _unlink_options, _unlink),
 )

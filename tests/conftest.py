@@ -114,6 +114,12 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts first what takes longest: whole modules, interpreted."""
+    items.sort(key=lambda item: item.path.name != "test_interpreted.py")
+
+
 FAILED = pytest.StashKey[bool]()
 
 

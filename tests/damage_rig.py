@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import mmap
 import os
 import random
@@ -17,13 +18,14 @@ import signal
 import sys
 from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import posix_ipc
 
 import shmcache
 from shmcache import _check
 from shmcache import _layout as L
+from shmcache._segment import Names
 from shmcache.errors import ShmCacheError
 
 if TYPE_CHECKING:
@@ -69,25 +71,31 @@ class Clock:
 
 
 class Rounds:
-    """One segment, damaged in each round anew."""
+    """A segment that is damaged in each round anew, while a living process uses it."""
+
+    settings = SETTINGS
 
     def __init__(self, name: str, seed: int) -> None:
+        self.name = name
         self.seed = seed
+        self.seen: Counter[str] = Counter()
         self.clock = Clock()
-        self.cache = shmcache.Cache(name, **SETTINGS, clock=self.clock)
-        self.attachment = self.cache._attachment
-        self.geometry = self.attachment.header.geometry
-        self.buffer = self.attachment.block.buf
+        self.open()
         self.fill()
         self.start = self.clock.ns
-        self.sound = bytes(self.buffer)
+        self.sound = bytes(self.cache._attachment.block.buf)
         self.header = _check.read_header(self.sound)
+        self.geometry = self.header.geometry
+        self.areas = list(self.places())
+
+    def open(self) -> None:
+        """Use the cache, in one of the ways."""
+        self.cache = shmcache.Cache(self.name, **self.settings, clock=self.clock)
+        self.buffer: Any = self.cache._attachment.block.buf
         self.semaphores = [
             posix_ipc.Semaphore(self.cache._names.semaphore(shard))
             for shard in range(SETTINGS["shards"])
         ]
-        self.seen: Counter[str] = Counter()
-        self.areas = list(self.places())
 
     def fill(self) -> None:
         """Entries of all kinds; some were overwritten, removed, read, prolonged."""
@@ -283,7 +291,7 @@ class Rounds:
                 semaphore.acquire(0)
             if semaphore.value == 0:
                 semaphore.release()
-        self.attachment.flights.clear()
+        self.cache._attachment.flights.clear()
 
     def round(self, number: int) -> None:
         """Damage, use, repair, and use again."""
@@ -294,6 +302,10 @@ class Rounds:
         self.use(rng)
         for shard in range(SETTINGS["shards"]):
             self.cache._repair(shard)
+        self.use_what_is_sound(rng, what)
+
+    def use_what_is_sound(self, rng: random.Random, what: str) -> None:
+        """After a repair there is nothing more to find, and to refuse."""
         findings = self.shards_findings()
         if findings:
             raise Violation(f"after {what} and repair: {findings}")
@@ -303,26 +315,86 @@ class Rounds:
         if findings or self.seen["SegmentCorrupt"] > before:
             raise Violation(f"after {what}, repair and use: {findings}")
 
+    def end(self) -> None:
+        """Leave, and leave nothing behind."""
+        self.restore()
+        for semaphore in self.semaphores:
+            semaphore.close()
+        self.buffer = None
+        self.cache.close()
+
+
+class RoundsAtRest(Rounds):
+    """A segment that is damaged while nobody uses it, and then taken up again."""
+
+    settings: ClassVar[dict[str, Any]] = {**SETTINGS, "persist": True}
+
+    def __init__(self, name: str, seed: int) -> None:
+        super().__init__(name, seed)
+        self.leave()
+
+    def leave(self) -> None:
+        """Nobody uses the segment now."""
+        for semaphore in self.semaphores:
+            semaphore.close()
+        self.buffer = None
+        self.cache.close()
+
+    def round(self, number: int) -> None:
+        """Damage, take up, and use."""
+        rng = random.Random(f"{self.seed} {number}")
+        self.clock.ns = self.start
+        self.buffer = bytearray(self.sound)
+        what = self.damage(rng)
+        self.seen[what] += 1
+        self.write()
+        try:
+            self.open()
+        except ShmCacheError as error:
+            self.seen[type(error).__name__] += 1
+            return
+        try:
+            # Some words of the header may be of another segment that could be.
+            header = self.cache._attachment.header
+            self.header = _check.Header(
+                header.geometry, header.seed, header.settings.max_entries, L.MASK64
+            )
+            self.use_what_is_sound(rng, what)
+        finally:
+            self.leave()
+
+    def write(self) -> None:
+        """Put bytes into the segment's file, which may have gone for the damage."""
+        path = Names.of(self.name).segment_path
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(self.buffer)
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        self.buffer = self.sound
+        self.write()
+        self.open()
+        self.cache.unlink()
+        self.leave()
+
+
+KINDS = {"used": Rounds, "at rest": RoundsAtRest}
+
 
 def main() -> None:
     """Run rounds: name, seed, first round, number of rounds, shared progress."""
-    name, seed, first, rounds, progress_fd = sys.argv[1:]
+    name, kind, seed, first, number, progress_fd = sys.argv[1:]
     faulthandler.enable()
+    logging.getLogger("shmcache").setLevel(logging.CRITICAL)
     progress = memoryview(mmap.mmap(int(progress_fd), mmap.PAGESIZE)).cast("Q")
-    all_rounds = Rounds(name, int(seed))
-    for number in range(int(first), int(first) + int(rounds)):
-        progress[0] = number
+    rounds = KINDS[kind](name, int(seed))
+    for progress[0] in range(int(first), int(first) + int(number)):
         signal.setitimer(signal.ITIMER_REAL, ROUND_SECONDS)
-        try:
-            all_rounds.round(number)
-        except BaseException as error:
-            error.add_note(f"seed {seed}, round {number}")
-            raise
+        rounds.round(progress[0])
     signal.setitimer(signal.ITIMER_REAL, 0)
-    all_rounds.restore()
-    os.sched_yield()
-    all_rounds.cache.close()
-    print(json.dumps(all_rounds.seen))
+    rounds.end()
+    print(json.dumps(rounds.seen))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Each test module is run in a pytest of its own, with ``tests/pure`` in PYTHONPAT
 
 from __future__ import annotations
 
+import faulthandler
 import re
 import subprocess
 import sys
@@ -40,6 +41,8 @@ def test_module_passes_interpreted(
     module: str, interpreted_env: dict[str, str], tmp_path: Path
 ) -> None:
     """Every test of the module passes on the interpreted engine, and some do run."""
+    # A whole module may take longer than a test; each of its tests is watched itself.
+    faulthandler.cancel_dump_traceback_later()
     report = tmp_path / "report.xml"
     run = subprocess.run(
         [

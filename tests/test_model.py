@@ -100,7 +100,7 @@ class Config:
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments of ``Cache``."""
-        return {**vars(self), "persist": True}
+        return {**vars(self), "persist": True, "cleanup_interval": 3600}
 
 
 class Model:

@@ -26,7 +26,7 @@ MODULES = sorted(
 
 # Imported only by those who use them.
 UNWANTED = {
-    *("asyncio", "concurrent.futures", "ctypes", "email", "http", "logging"),
+    *("asyncio", "concurrent.futures", "ctypes", "email", "http"),
     *("multiprocessing.managers", "multiprocessing.pool", "ssl", "subprocess"),
     *("tempfile", "urllib.request"),
     *("Cython", "cython", "gevent", "gunicorn", "msgspec", "prometheus_client"),

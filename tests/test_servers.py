@@ -65,6 +65,7 @@ class Kind:
     command: Callable[[str, int], list[str]]
     workers: int
     missing: str = ""
+    preloads: bool = False  # loads the application before it forks
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -83,7 +84,7 @@ def gunicorn(worker_class: str, *options: str) -> Kind:
         ]
 
     name = "-".join(["gunicorn", worker_class, *(o.strip("-") for o in options)])
-    return Kind(name, command, 3, missing)
+    return Kind(name, command, 3, missing, "--preload" in options)
 
 
 def uvicorn() -> Kind:
@@ -112,7 +113,8 @@ def uwsgi(*options: str) -> Kind:
 
     name = "-".join(["uwsgi", *(o.strip("-") for o in options)])
     env = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return Kind(name, command, 3, "" if uwsgi_binary() else "uwsgi", env)
+    preloads = "--lazy-apps" not in options
+    return Kind(name, command, 3, "" if uwsgi_binary() else "uwsgi", preloads, env)
 
 
 KINDS = [
@@ -300,20 +302,21 @@ def installed(kind: Kind) -> Kind:
     return kind
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.id)
-def kind(request: pytest.FixtureRequest) -> Kind:
-    """Each server in turn."""
-    return installed(request.param)
-
-
 # --- tests ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize(
+    ("kind", "warm"),
+    [
+        *((kind, kind.preloads) for kind in KINDS),
+        *((kind, False) for kind in KINDS if kind.id in {"gunicorn-sync-preload", "uwsgi"}),
+    ],
+    ids=lambda value: getattr(value, "id", "warm" if value else "cold"),
+)
 def test_workers_share_one_cache(kind: Kind, name: str, warm: bool) -> None:
     """Workers read each other's writes and lose no increment, a killed one takes
     nothing with it, its successor finds everything, and the end leaves nothing."""
-    with Server(kind, name, warm=warm) as server:
+    with Server(installed(kind), name, warm=warm) as server:
         workers = server.meet()
         states = server.ask_all("state")
         assert len({state["token"] for state in states.values()}) == len(workers)
