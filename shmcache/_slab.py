@@ -1179,6 +1179,9 @@ class Slab:
             return False
         if meta & ~_META_KNOWN:
             self.w32[r + _F_META] = meta & _META_KNOWN
+        ttl: cython.uint = _pack_ttl(_unpack_ttl(self.w32[r + _F_TTL]))
+        if ttl != self.w32[r + _F_TTL]:
+            self.w32[r + _F_TTL] = ttl
         need: Index = self._need(key_len, value_len)
         if need > self.blocks:
             return False
@@ -2818,9 +2821,9 @@ def _number(data: bytes, tag: cython.uint) -> object:
     return (_LONG if tag == _TAG_INT else _DOUBLE).unpack(data)[0]
 
 
-# Interpreted, an exception out of a signal handler may strike between any two bytecodes,
-# and so also between taking the lock and the ``try`` that would give it back.  The
-# outermost call of a thread therefore looks for what it still holds.
+# Interpreted, an exception out of a signal handler may strike between any two
+# bytecodes, and so also between taking the lock and the ``try`` that would give it
+# back.  The outermost call of a thread therefore looks for what it still holds.
 
 if not cython.compiled:
 

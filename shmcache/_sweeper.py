@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -81,6 +82,7 @@ class Sweeper:
         self._stop = True
         self._wake.set()
         thread.join(5)
+        _wait_for_end(thread)
         self._thread = None
 
     def resume(self) -> None:
@@ -128,6 +130,18 @@ class Sweeper:
                     del self._due[cache]
                 else:
                     self._due[cache] = again
+
+
+def _wait_for_end(thread: threading.Thread) -> None:
+    # Before Python 3.13 join() returns a moment before the thread has ended, and Python
+    # warns of a fork in that moment.  Greenlets have the main thread's number.
+    if sys.version_info >= (3, 13) or thread.native_id == threading.get_native_id():
+        return
+    deadline = time.monotonic() + 1
+    while os.path.exists(f"/proc/self/task/{thread.native_id}"):
+        if time.monotonic() > deadline:
+            return
+        os.sched_yield()
 
 
 _current: Sweeper | None = None

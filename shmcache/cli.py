@@ -157,9 +157,7 @@ def _clean(options: argparse.Namespace) -> int:
     from shmcache import _clean
 
     found = [
-        one
-        for one in _clean.survey()
-        if not options.names or one.name in options.names
+        one for one in _clean.survey() if not options.names or one.name in options.names
     ]
     chosen = [
         one.name

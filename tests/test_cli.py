@@ -164,7 +164,7 @@ def test_clean_leaves_what_is_just_being_made(name: str) -> None:
         def clock() -> int:
             return 1
 
-        from shmcache import _segment  # noqa: PLC0415 - to stop in its midst
+        from shmcache import _segment
 
         make = _segment.make_semaphores
 
@@ -173,7 +173,7 @@ def test_clean_leaves_what_is_just_being_made(name: str) -> None:
             link.recv()
             make(*arguments)
 
-        _segment.make_semaphores = pause
+        _segment.make_semaphores = pause  # type: ignore[assignment]
         Cache(name, max_entries=10, clock=clock).close()
 
     peer = Peer(create)
