@@ -4,9 +4,10 @@ The floor is what a process's own dict of packed values costs: a lookup and
 ``msgpack.unpackb``, or ``msgpack.packb`` and a store.  100,000 entries, keys of 20
 bytes drawn at random, values of a dict that packs into 82 bytes.
 
-Rounds alternate between the floor and each operation, and what is reported is the
-median over the rounds of the ratio within a round: other users of the machine then
-slow both sides alike.
+Rounds alternate between the floor and each operation, each after a run of its own that
+is not timed, so that it meets its own data in the CPU's caches and not the others'.
+What is reported is the median over the rounds of the ratio within a round: other users
+of the machine then slow both sides alike.
 
     python benchmarks/latency.py [--entries N] [--rounds N]
 """
@@ -36,7 +37,7 @@ VALUE = {
     "score": 3.14159,
     "tags": [1, 2],
 }
-CHUNK = 2_000
+CHUNK = 10_000
 Run = Callable[[Sequence[str]], object]
 
 
@@ -107,6 +108,8 @@ def latency(entries: int, rounds: int) -> None:
                     passing.set(key, 1)
                 dice.shuffle(chosen)
             run = floors[name] if name in floors else runs[name][0]
+            if name != "delete":
+                run([keys[dice.randrange(entries)] for _ in range(2 * CHUNK)])
             started = time.perf_counter_ns()
             run(chosen)
             elapsed = time.perf_counter_ns() - started
@@ -258,7 +261,7 @@ def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--entries", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=100 if compiled else 5)
+    parser.add_argument("--rounds", type=int, default=30 if compiled else 2)
     options = parser.parse_args()
     latency(options.entries, options.rounds)
     if compiled:

@@ -120,7 +120,8 @@ def light(cache: shmcache.Cache, fuse: Fuse) -> None:
     cache.w64 = DyingWords(cache.w64, fuse)
     cache.w32 = DyingWords(cache.w32, fuse)
     cache.mem = DyingWords(cache.mem, fuse)
-    cache.pysems = [DyingSemaphore(semaphore, fuse) for semaphore in cache.pysems]
+    semaphores: Any = cache.pysems
+    cache.pysems = [DyingSemaphore(semaphore, fuse) for semaphore in semaphores]
     attachment = cache._attachment
     attachment.words = DyingWords(attachment.words, fuse)  # type: ignore[assignment]
 
@@ -195,8 +196,9 @@ class Keys:
         self.all = list(self._named.values())
 
     def _bucket(self, key: str) -> int:
-        found: int = self._cache._key_hash(key)[2]
-        return (found & L.MASK32) * BUCKETS >> 32
+        low = self._cache._key_hash(key)[2] & L.MASK32
+        bucket: int = low * BUCKETS >> 32
+        return bucket
 
     def __getitem__(self, name: str) -> str:
         return self._named[name]

@@ -74,7 +74,7 @@ class Clock:
 class Rounds:
     """A segment that is damaged in each round anew, while a living process uses it."""
 
-    settings = SETTINGS
+    settings: ClassVar[dict[str, Any]] = SETTINGS
 
     def __init__(self, name: str, seed: int) -> None:
         self.name = name
@@ -82,13 +82,12 @@ class Rounds:
         self.seen: Counter[str] = Counter()
         self.clock = Clock()
         # The seed of the hash: else a round would be another one when repeated.
-        _segment.secrets = SimpleNamespace(  # type: ignore[assignment]
-            randbits=random.Random(seed).getrandbits
-        )
+        seeded = SimpleNamespace(randbits=random.Random(seed).getrandbits)
+        _segment.secrets = seeded  # type: ignore[assignment, attr-defined]
         self.open()
         self.fill()
         self.start = self.clock.ns
-        self.sound = bytes(self.cache._attachment.block.buf)
+        self.sound = bytes(self.cache._attachment.block.view)
         self.header = _check.read_header(self.sound)
         self.geometry = self.header.geometry
         self.areas = list(self.places())
@@ -96,7 +95,7 @@ class Rounds:
     def open(self) -> None:
         """Use the cache, in one of the ways."""
         self.cache = shmcache.Cache(self.name, **self.settings, clock=self.clock)
-        self.buffer: Any = self.cache._attachment.block.buf
+        self.buffer: Any = self.cache._attachment.block.view
         self.semaphores = [
             posix_ipc.Semaphore(self.cache._names.semaphore(shard))
             for shard in range(SETTINGS["shards"])
@@ -253,16 +252,15 @@ class Rounds:
         return [
             *(self.get, self.get, self.pop, self.gets, self.incr, self.items),
             *(self.popitem, self.ttl, self.get_or_set, self.later),
+            *(cache.delete, cache.peek),
             lambda key: cache.set(key, value_of(key, 0)),
             lambda key: cache.set(key, value_of(key, 1), ttl=0.5),
             lambda key: cache.set(key, value_of(key, 3), ttl=3),
             lambda key: cache.add(key, value_of(key, 2)),
             lambda key: cache.replace(key, value_of(key, 0)),
             lambda key: cache.touch(key, ttl=70),
-            lambda key: cache.delete(key),
             lambda key: key in cache,
-            lambda key: cache.peek(key),
-            lambda key: cache.clear(prefix="key 1"),
+            lambda _: cache.clear(prefix="key 1"),
             lambda _: len(cache),
             lambda _: cache.stats(),
             lambda _: cache._tend(0.05),

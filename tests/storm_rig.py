@@ -95,7 +95,9 @@ class Page:
 class Worker:
     """What one worker does until it is killed."""
 
-    def __init__(self, cache: shmcache.Cache, page: Page, seed: int, variant: str):
+    def __init__(
+        self, cache: shmcache.Cache, page: Page, seed: int, variant: str
+    ) -> None:
         self.cache = cache
         self.page = page
         self.words = page.words
@@ -157,8 +159,7 @@ class Worker:
         started = time.monotonic_ns()
         result = operation()
         elapsed = time.monotonic_ns() - started
-        if elapsed > self.words[Page.SLOWEST]:
-            self.words[Page.SLOWEST] = elapsed
+        self.words[Page.SLOWEST] = max(elapsed, self.words[Page.SLOWEST])
         return result
 
     def a_key(self) -> int:
@@ -174,9 +175,7 @@ class Worker:
         key = self.a_key()
         if self.act(lambda: self.names[key] in self.cache):
             # In a tight cache it may have gone meanwhile.
-            self.change(
-                key, SET, lambda k, v: self.cache.replace(k, v) or self.cache.set(k, v)
-            )
+            self.change(key, SET, self.replace_or_set)
 
     def cas(self) -> None:
         key = self.a_key()
@@ -185,8 +184,13 @@ class Worker:
         self.change(
             key,
             SET,
-            lambda k, v: self.cache.cas(k, v, token) or self.cache.set(k, v),
+            lambda k, v: self.cache.cas(k, v, token) or self.replace_or_set(k, v),
         )
+
+    def replace_or_set(self, name: str, value: bytes) -> bool:
+        if not self.cache.replace(name, value):
+            self.cache.set(name, value)
+        return True
 
     def get(self) -> None:
         key = self.a_key()
@@ -383,7 +387,8 @@ class Storm:
         killed = since = 0
         while killed < self.kills:
             time.sleep(self.random.expovariate(1 / 0.003))
-            slots = self.random.sample(everybody, self.random.choice([1, 1, 1, 1, 2, 3]))
+            number = self.random.choice([1, 1, 1, 1, 2, 3])
+            slots = self.random.sample(everybody, number)
             if self.random.random() < 0.7:
                 slots = self.inside() or slots
             self.kill(slots)

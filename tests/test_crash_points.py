@@ -125,7 +125,7 @@ class Scene:
         self._now = self.clock.ns
         self.attachment = self.cache._attachment
         self._geometry = self.attachment.header.geometry
-        self._start = bytes(self.attachment.block.buf[self._geometry.shards_at :])
+        self._start = bytes(self.attachment.block.view[self._geometry.shards_at :])
         self.before = self.content()
         self.before_left = self.times_left()
         self.before_order = self.order_of_use()
@@ -140,7 +140,7 @@ class Scene:
         """The shard as it was at first; nobody is inside."""
         assert self.permits() == 1
         self.clock.ns = self._now
-        self.attachment.block.buf[self._geometry.shards_at :] = self._start
+        self.attachment.block.view[self._geometry.shards_at :] = self._start
         self.log.clear()
 
     def permits(self) -> int:
@@ -159,7 +159,7 @@ class Scene:
         return {key: self.cache.peek(key, ABSENT) for key in self.keys.all}
 
     def times_left(self) -> dict[str, Any]:
-        """How long each key has to live; by a clock that moves, only whether for ever."""
+        """How long each key has to live; by a clock that moves, whether for ever."""
         left: dict[str, Any] = {}
         for key in self.keys.all:
             try:
@@ -175,7 +175,7 @@ class Scene:
 
         The slots of entries that an operation does not write stay the same.
         """
-        buffer = self.attachment.block.buf
+        buffer = self.attachment.block.view
         at = self._geometry.shards_at + self._geometry.records_at
         records = buffer[at : at + L.RECORD * (self._geometry.slots + 1)].cast("I")
         found, slot = [], records[L.F_LRU_NEXT]
@@ -254,7 +254,10 @@ def look(scene: Scene, allowed: dict[str, list[Any]]) -> dict[str, Any]:
 def recoveries(scene: Scene) -> list[dict[str, Any]]:
     """The facts in the log about recoveries."""
     return [
-        {name: vars(record)[name] for name in ("shard", "dead_pid", "rebuilt", "dropped")}
+        {
+            name: vars(record)[name]
+            for name in ("shard", "dead_pid", "rebuilt", "dropped")
+        }
         for record in scene.log.records
         if getattr(record, "event", "") == "recovered"
     ]
@@ -321,7 +324,7 @@ def test_1_death_in_repair_leaves_the_repair_to_the_next(
     interpreted_env: dict[str, str],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Whatever step of taking over and repairing a process dies at: the next does it."""
+    """Whatever step of a takeover or repair a process dies at: the next does it."""
     with scene.zygote(interpreted_env) as zygote:
         whole = zygote.order(scene.name, FOR_EVER)
         first = round(whole.steps * where)

@@ -12,7 +12,6 @@ import os
 import secrets
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,8 +36,7 @@ def test_1_storm_of_kills(
     print(f"SHMCACHE_SEED={SEED}")
     storm = subprocess.run(
         [sys.executable, storm_rig.__file__, name, str(KILLS), str(SEED), variant],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )
