@@ -17,8 +17,11 @@ import os
 from multiprocessing.shared_memory import SharedMemory
 
 from shmcache import _layout as L
-from shmcache._segment import Names, leads_to, no_room, open_own
+from shmcache._segment import Names, identity, no_room, open_own
 from shmcache.errors import SegmentCorrupt
+
+
+_never_closed: list[object] = []
 
 
 class Block(SharedMemory):
@@ -52,6 +55,7 @@ class Block(SharedMemory):
             self._fd = -1
             raise
         self._buf = self.view = memoryview(self._mmap)
+        self._file = identity(self._fd)
 
     def _reserve(self, names: Names, size: int) -> None:
         try:
@@ -64,12 +68,17 @@ class Block(SharedMemory):
 
     def current(self, names: Names) -> bool:
         """Whether the segment's name leads to this very block."""
-        return leads_to(names.segment_path, self._fd)
+        return identity(names.segment_path) == self._file
 
     def close(self) -> None:
         """Let go of the block.  The mapping ends with the last view of it."""
         self.view = memoryview(b"")
         self._buf = None  # type: ignore[assignment]
+        if self._fd >= 0 and identity(self._fd) != self._file:
+            # Closed beneath us, as daemons do.  The mapping has a descriptor, too, and
+            # would close whatever has that number by now.
+            _never_closed.append(self._mmap)
+            self._fd = -1
         self._mmap = None  # type: ignore[assignment]
         if self._fd >= 0:
             os.close(self._fd)

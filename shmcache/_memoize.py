@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import secrets
 import sys
 import weakref
 from contextlib import suppress
@@ -214,7 +213,7 @@ def _identity(instance: Any) -> int:
     if known is not None and known[0]() is instance:
         return known[1]
     address = id(instance)
-    number = secrets.randbits(63)
+    number = int.from_bytes(os.urandom(8))
     try:
         watch = weakref.ref(instance, lambda _: _identities.pop(address, None))
     except TypeError as error:

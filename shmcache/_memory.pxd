@@ -69,6 +69,13 @@ cdef extern from * nogil:
     static inline int shm_sem_try(shm_word sem)
     { return sem && sem_trywait((sem_t *)(uintptr_t)sem) == 0; }
 
+    static inline int shm_sem_value(shm_word sem)
+    {
+        int value = -1;
+        if (sem) sem_getvalue((sem_t *)(uintptr_t)sem, &value);
+        return value;
+    }
+
     /* 1: have the permit; 0: the time is up; -1: a signal came. */
     static inline int shm_sem_wait(shm_word sem, shm_word ns)
     {
@@ -212,6 +219,7 @@ cdef extern from * nogil:
     void sem_close "shm_sem_close"(shm_word sem)
     void sem_post "shm_sem_post"(shm_word sem)
     bint sem_try "shm_sem_try"(shm_word sem)
+    int sem_value "shm_sem_value"(shm_word sem)
     int sem_wait "shm_sem_wait"(shm_word sem, shm_word ns)
     shm_word sum_words "shm_sum"(const unsigned char *p, Py_ssize_t n)
     shm_word on_exit "shm_on_exit"(

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import stat
 import time
 from dataclasses import dataclass, fields
@@ -155,13 +154,16 @@ class Gone:
         self[index]
 
 
-def leads_to(path: str, fd: int) -> bool:
-    """Whether a path leads to the file that a descriptor is open on."""
+def identity(file: str | int) -> tuple[int, int] | None:
+    """What tells a file, by path or descriptor, from all others; None if there is none.
+
+    A link is one by itself.
+    """
     try:
-        found, ours = os.stat(path, follow_symlinks=False), os.fstat(fd)
+        found = os.fstat(file) if isinstance(file, int) else os.lstat(file)
     except OSError:
-        return False
-    return os.path.samestat(found, ours)
+        return None
+    return found.st_dev, found.st_ino
 
 
 def open_own(path: str, flags: int) -> int:
@@ -211,7 +213,7 @@ def create(names: Names, settings: Settings, lease_inode: int, now: int) -> Bloc
         for word, value in {
             L.H_FORMAT: L.FORMAT,
             L.H_SIZE: geometry.size,
-            L.H_SEED: secrets.randbits(64),
+            L.H_SEED: int.from_bytes(os.urandom(8)),
             L.H_CREATED: time.time_ns(),
             L.H_EPOCH: now,
             L.H_SHARDS: geometry.shards,
@@ -336,17 +338,45 @@ def read_header(names: Names, buffer: memoryview) -> Header:
     )
 
 
+def reset_semaphores(names: Names, shards: int) -> None:
+    """The semaphores that are there with one permit each; nobody uses them now.
+
+    They stay the same ones: a process that was forked from a user who died may not
+    have used the cache yet, and has them open.
+    """
+    for shard in range(shards):
+        name = names.semaphore(shard)
+        try:
+            semaphore = posix_ipc.Semaphore(name)
+        except (posix_ipc.Error, OSError):
+            _make_semaphore(name)
+            continue
+        permits = semaphore.value
+        if permits == 0:
+            semaphore.release()
+        elif permits > 1:
+            _make_semaphore(name)  # spare ones are rare, and so many are damage
+        semaphore.close()
+
+
 def make_semaphores(names: Names, shards: int) -> None:
     """New semaphores with one permit each, in place of any that were left."""
     for shard in range(shards):
-        name = names.semaphore(shard)
-        _unlink_semaphore(name)
-        posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=1).close()
+        _make_semaphore(names.semaphore(shard))
+
+
+def _make_semaphore(name: str) -> None:
+    _unlink_semaphore(name)
+    posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=1).close()
 
 
 def _unlink_semaphore(name: str) -> None:
-    with contextlib.suppress(posix_ipc.ExistentialError):
+    try:
         posix_ipc.unlink_semaphore(name)
+    except posix_ipc.ExistentialError:
+        pass
+    except posix_ipc.PermissionsError as error:
+        raise PermissionError(f"semaphore {name}: {error}") from error
 
 
 def remove(names: Names, shards: int | None = None) -> None:

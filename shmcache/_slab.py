@@ -80,6 +80,7 @@ if cython.compiled:
         sem_open,
         sem_post,
         sem_try,
+        sem_value,
         sem_wait,
         store,
         sum_words,
@@ -1674,7 +1675,9 @@ class Slab:
         raise NotImplementedError
 
     def _permit_is_gone(self, s: int) -> bool:
-        raise NotImplementedError
+        if cython.compiled:
+            return sem_value(self.sems[s]) == 0
+        return bool(self.pysems[s].value == 0)
 
     def _check_reentry(self, s: int) -> None:
         raise NotImplementedError

@@ -77,16 +77,25 @@ class Lease:
         except FileExistsError:
             self.is_new = False
             self.fd = _segment.open_own(self._path, flags)
+        self._file = _segment.identity(self.fd)
         self.inode = os.fstat(self.fd).st_ino
+
+    def intact(self) -> bool:
+        """Whether the descriptor was not closed beneath us, as daemons do with all
+        that they inherit; its number may be another file's, or lock's, by now.
+        """
+        if self.fd >= 0 and _segment.identity(self.fd) != self._file:
+            self.fd = -1
+        return self.fd >= 0
 
     def current(self) -> bool:
         """Whether the descriptor is open on the file that has the name now."""
-        return _segment.leads_to(self._path, self.fd)
+        return self.intact() and _segment.identity(self._path) == self._file
 
     def try_lock(self, byte: int) -> bool:
         try:
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             return False
         return True
 
@@ -122,7 +131,7 @@ class Lease:
             pause = min(pause * 1.5, 0.01)
 
     def close(self) -> None:
-        if self.fd >= 0:
+        if self.intact():
             os.close(self.fd)
             self.fd = -1
 
@@ -310,7 +319,7 @@ class Attachment:
 
     def _reset(self) -> None:
         # Nobody has a lease: what locks, rows and claims say is of the dead.
-        _segment.make_semaphores(self.names, self.header.geometry.shards)
+        _segment.reset_semaphores(self.names, self.header.geometry.shards)
         self.reap()
         geometry = self.header.geometry
         for shard in range(geometry.shards):
@@ -335,6 +344,8 @@ class Attachment:
         with mutex():
             if self.entered():
                 return
+            if not self.usable():
+                raise SegmentNotFound(self.names.cache)
             with self.admin():
                 if not self.usable():
                     raise SegmentNotFound(self.names.cache)
@@ -393,7 +404,15 @@ class Attachment:
             if _attachments.get(self.names.segment) is self:
                 del _attachments[self.names.segment]
             if self.entered():
-                self._leave()
+                if self.lease.intact():
+                    self._leave()
+                else:
+                    log.error(
+                        "cache %s lost its lease: something closed file descriptors"
+                        " of this process; make the cache after that",
+                        self.names.cache,
+                        extra={"cache": self.names.cache, "event": "lease lost"},
+                    )
             self._close_files()
 
     def _leave(self) -> None:
@@ -408,8 +427,17 @@ class Attachment:
             if self.header.settings.persist or not self.lease.current():
                 return
             if self.lease.holder(_ROW, L.ROWS) is None:
-                _segment.remove(self.names, self.header.geometry.shards)
-                self._remove_lease()
+                try:
+                    _segment.remove(self.names, self.header.geometry.shards)
+                    self._remove_lease()
+                except PermissionError as error:
+                    # This process has become another user's since.
+                    log.warning(
+                        "cache %s is left behind: %s",
+                        self.names.cache,
+                        error,
+                        extra={"cache": self.names.cache, "event": "left behind"},
+                    )
 
     def _remove_lone_lease(self) -> None:
         # Under the admin lock: without a segment a lease file is of no use to anybody,

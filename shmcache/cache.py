@@ -27,8 +27,6 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-import posix_ipc
-
 from shmcache import _check
 from shmcache import _layout as L
 from shmcache._codec import decode_key, decode_tagged, encode_key, make_codec
@@ -372,20 +370,12 @@ class Cache(Slab):
             ),
             attachment.touches,
         )
-        self._reopen_semaphores()
-        self.closed = False
-
-    def _reopen_semaphores(self) -> None:
-        # Also after a fork: if all users died, and the forked one was none yet, those
-        # who came then made new semaphores.
-        self._close_semaphores()
-        self._opener = os.getpid()
-        shards = self._settings.shards
         opened = self._open_semaphores(
-            [self._names.semaphore(shard) for shard in range(shards)]
+            [self._names.semaphore(shard) for shard in range(settings.shards)]
         )
         # For a cache that is dropped without close(); after close() it does nothing.
         weakref.finalize(self, close_semaphores, opened).atexit = False
+        self.closed = False
 
     def _revive(self, attachment: Attachment) -> None:
         # Under the admin lock, and nobody else is there: the dead may have left any
@@ -448,13 +438,13 @@ class Cache(Slab):
                     self._attachment.enter()
                 except SegmentNotFound:
                     # Forked from a process that has gone since and took the segment
-                    # with it: the forked ones meet in a new one of the same name.
+                    # with it: the forked ones meet in a new one of the same name (as
+                    # another user, perhaps, than it was).
                     leave = self._finalizer
+                    self._names = Names.of(self.name)
                     self._close_semaphores()
                     self._attach(self._settings)
                     leave()
-            if self._opener != os.getpid():
-                self._reopen_semaphores()
             self._adopt()
         sweeper().watch(self)
 
@@ -546,13 +536,6 @@ class Cache(Slab):
                 " the handler and use the cache after it (the compiled engine allows"
                 " this: install a C compiler, then reinstall shmcache)"
             )
-
-    def _permit_is_gone(self, s: int) -> bool:
-        semaphore = posix_ipc.Semaphore(self._names.semaphore(s))
-        try:
-            return bool(semaphore.value == 0)
-        finally:
-            semaphore.close()
 
     def _recovery_lock(self, s: int) -> Any:
         return self._attachment.recovery(s)

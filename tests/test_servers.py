@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -47,11 +49,17 @@ def names_of(name: str) -> list[str]:
     )
 
 
+@cache
 def uwsgi_binary() -> str | None:
-    """Where uWSGI is: beside this interpreter, or in PATH."""
-    return shutil.which("uwsgi", path=str(Path(sys.executable).parent)) or shutil.which(
-        "uwsgi"
+    """A uWSGI for this Python: beside this interpreter, or in PATH."""
+    beside = shutil.which("uwsgi", path=str(Path(sys.executable).parent))
+    found = beside or shutil.which("uwsgi")
+    if not found:
+        return None
+    version = subprocess.run(
+        [found, "--python-version"], stdout=subprocess.PIPE, text=True, check=False
     )
+    return found if version.stdout.strip() == platform.python_version() else None
 
 
 # --- servers --------------------------------------------------------------------
@@ -378,10 +386,10 @@ def test_reload_and_restart(kind: Kind, name: str, persist: bool) -> None:
         assert server.ask("get", key="kept") == "over a reload"
         assert server.ask("count", times=100) == 300
         server.stop()
-    with Cache.attach(name) as cache:
-        assert cache["counter"] == 300
-        assert cache.check() == []
-        cache.unlink()
+    with Cache.attach(name) as left:
+        assert left["counter"] == 300
+        assert left.check() == []
+        left.unlink()
     assert names_of(name) == []
 
 

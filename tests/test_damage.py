@@ -1,0 +1,60 @@
+"""Damaged segments: no signal, no endless loop, no value that was never stored.
+
+``SHMCACHE_DAMAGES``: how many segments are damaged in all; ``SHMCACHE_SEED``: the seed.
+A failure names seed and round, which ``damage_rig.py`` repeats alone.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import secrets
+import subprocess
+import sys
+
+import damage_rig
+import pytest
+
+import shmcache
+
+DAMAGES = int(
+    os.environ.get("SHMCACHE_DAMAGES", "22000" if shmcache.compiled else "1500")
+)
+SEED = int(os.environ.get("SHMCACHE_SEED", "0")) or secrets.randbits(32)
+# Segments in use are the cheap ones; those at rest are attached to anew each time.
+SHARES = {"used": 10, "at rest": 1}
+BATCHES = [("used", batch) for batch in range(10)] + [("at rest", 0)]
+
+
+@pytest.mark.parametrize(("kind", "batch"), BATCHES)
+def test_8_damage_is_mended_or_reported(kind: str, batch: int, name: str) -> None:
+    """Damage of any bytes ends in repair or in an error of the package: never in a
+    signal, a loop without end, or a value that was not stored under its key."""
+    number = DAMAGES // sum(SHARES.values())
+    fd = os.memfd_create("progress")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    progress = mmap.mmap(fd, mmap.PAGESIZE)
+    try:
+        first = batch * number
+        done = subprocess.run(
+            [
+                *(sys.executable, damage_rig.__file__, name, kind),
+                *map(str, (SEED, first, number, fd)),
+            ],
+            pass_fds=[fd],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        reached = int.from_bytes(progress[:8], sys.byteorder)
+        assert done.returncode == 0, (
+            f"seed {SEED}, round {reached}: {done.stderr[-5_000:]}"
+        )
+        assert reached == first + number - 1
+        # Some of it was met, so the damage was real.
+        seen = json.loads(done.stdout.splitlines()[-1])
+        assert sum(seen.values()) > number
+    finally:
+        progress.close()
+        os.close(fd)
