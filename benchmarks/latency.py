@@ -43,6 +43,7 @@ Run = Callable[[Sequence[str]], object]
 
 def each(call: Callable[..., Any], *arguments: Any) -> Run:
     """A run that makes one call a key."""
+
     def run(keys: Sequence[str]) -> None:
         for key in keys:
             call(key, *arguments)

@@ -20,7 +20,6 @@ from shmcache import _layout as L
 from shmcache._segment import Names, identity, no_room, open_own
 from shmcache.errors import SegmentCorrupt
 
-
 _never_closed: list[object] = []
 
 

@@ -14,7 +14,7 @@ import re
 import stat
 import time
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import posix_ipc
 
@@ -28,6 +28,8 @@ from shmcache.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shmcache._block import Block
 
 SHM_DIR = "/dev/shm"  # noqa: S108 - where Linux keeps POSIX shared memory
@@ -112,7 +114,7 @@ class Settings:
             )
 
 
-_SHOWN = {
+_SHOWN: dict[str, tuple[str, Callable[[Any], object]]] = {
     "ttl_ns": ("ttl", lambda v: f"{v / 1e9:g} s" if v else None),
     "jitter_ppm": ("jitter", lambda v: v / 1e6),
     "cleanup_ns": ("cleanup_interval", lambda v: f"{v / 1e9:g} s"),
@@ -150,7 +152,7 @@ class Gone:
             " call used it; let all threads end their work before close()"
         )
 
-    def __setitem__(self, index: object, _: object) -> NoReturn:
+    def __setitem__(self, index: object, _: object) -> None:
         self[index]
 
 

@@ -126,6 +126,9 @@ _S_COUNTERS = cython.declare(cython.Py_ssize_t, L.S_COUNTERS)
 _S_COUNTERS_END = cython.declare(cython.Py_ssize_t, L.S_COUNTERS_END)
 _CAUSES = cython.declare(cython.Py_ssize_t, len(L.Cause))
 _ROWS = cython.declare(cython.ulonglong, L.ROWS)
+# No clock gets there, so an expiry after it, but for NEVER, is damage.  (An entry
+# due over a round of the wheel away would come again and again.)
+_MAX_EXPIRES = cython.declare(cython.ulonglong, 1 << 62)
 # No shard lives long enough for a higher version: one in it is damage.
 _MAX_VERSION = cython.declare(cython.ulonglong, 1 << 62)
 _S_CLAIMS = cython.declare(cython.Py_ssize_t, L.S_CLAIMS)
@@ -156,6 +159,7 @@ _MASK32 = cython.declare(cython.ulonglong, L.MASK32)
 _MASK64 = cython.declare(cython.ulonglong, L.MASK64)
 _MAX_KEY = cython.declare(cython.Py_ssize_t, L.MAX_KEY)
 _MIX = cython.declare(cython.ulonglong, L.CHECKSUM_MIX)
+_FOLD = cython.declare(cython.ulonglong, L.CHECKSUM_FOLD)
 _STAMP_SHIFT = cython.declare(cython.uint, L.STAMP_SHIFT)
 _TTL_VALUE = cython.declare(cython.ulonglong, L.TTL_VALUE)
 _MAX_TTL_NS = cython.declare(cython.ulonglong, L.MAX_TTL_NS)
@@ -270,11 +274,11 @@ def touch_buffers(shards: int) -> Any:
 
 
 def leave_on_exit(lease: int, rows: int, count: int, paths: Any) -> int:
-    """Have this process leave, and remove files if it is the last one out, when it
-    calls C's ``exit`` and does not finalize Python.
+    """Have this process leave when it calls C's ``exit`` and does not finalize Python.
 
-    ``rows``, ``count``: the bytes of the lease file that hold the workers' locks;
-    ``paths``: what to remove, the lease file first.  Interpreted it does nothing.
+    It removes the files if it is the last one out.  ``rows``, ``count``: the bytes of
+    the lease file that hold the workers' locks; ``paths``: what to remove, the lease
+    file first.  Interpreted it does nothing.
     """
     if cython.compiled:
         data: bytes = b"\0".join([os.fsencode(path) for path in paths]) + b"\0"
@@ -711,7 +715,7 @@ class Slab:
             total: Word = sum_words(
                 cython.cast("const unsigned char *", PyBytes_AS_STRING(value)), n
             )
-            total ^= total >> 32
+            total = (total * _FOLD) >> 32
             total ^= h ^ (cython.cast(Word, n) * _MIX)
             total ^= cython.cast(Word, tag) << 28
             return cython.cast(cython.uint, total & _MASK32)
@@ -995,6 +999,8 @@ class Slab:
                     self._retire(b, slot, _EXPIRED)
                     removed += 1
                     limit -= 1
+                elif expires > _MAX_EXPIRES:
+                    raise Corrupt("expires")
                 elif shift or expires >> _WHEEL_TICK_BITS > self.w64[b + _S_TICK]:
                     self._wheel_remove(b, slot)
                     self._wheel_insert(b, slot, expires, now)
@@ -1176,7 +1182,10 @@ class Slab:
         kind: cython.uint = (meta >> 16) & 15
         tag: cython.uint = (meta >> _META_TAG_SHIFT) & 15
         value_len: Index = self.w32[r + _F_VALUE_LEN]
-        if kind < 1 or kind > 4 or tag > 7 or self.w64[r // 2 + 1] == 0:
+        expires: Word = self.w64[r // 2 + 1]
+        if kind < 1 or kind > 4 or tag > 7 or expires == 0:
+            return False
+        if expires > _MAX_EXPIRES and expires != _NEVER:
             return False
         if meta & ~_META_KNOWN:
             self.w32[r + _F_META] = meta & _META_KNOWN
@@ -1697,8 +1706,8 @@ class Slab:
     # copy is of one live entry, whatever happened to others meanwhile.  That nothing
     # was found holds only if the shard's epoch was even and is unchanged.  After a few
     # vain attempts it takes the lock like a writer - unless the writer inside makes no
-    # progress and yet lives (it was stopped, or its host is starved): then nothing moves
-    # either, so what a walk finds is there, and what it does not find is missing.
+    # progress and yet lives (it was stopped, or its host is starved): then nothing
+    # moves either, so what a walk finds is there, and what it does not find is missing.
     # Recency: a hit is noted in a buffer of this process and applied under the lock
     # before its next write to the shard, or when the buffer is full and the lock free;
     # so LRU is exact in one process, and a buffer late for the others.

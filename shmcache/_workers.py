@@ -81,8 +81,9 @@ class Lease:
         self.inode = os.fstat(self.fd).st_ino
 
     def intact(self) -> bool:
-        """Whether the descriptor was not closed beneath us, as daemons do with all
-        that they inherit; its number may be another file's, or lock's, by now.
+        """Whether the descriptor is still ours.
+
+        Daemons close all that they inherit; its number may be another file's by now.
         """
         if self.fd >= 0 and _segment.identity(self.fd) != self._file:
             self.fd = -1

@@ -83,7 +83,7 @@ class Rounds:
         self.clock = Clock()
         # The seed of the hash: else a round would be another one when repeated.
         seeded = SimpleNamespace(randbits=random.Random(seed).getrandbits)
-        _segment.secrets = seeded  # type: ignore[assignment, attr-defined]
+        vars(_segment)["secrets"] = seeded
         self.open()
         self.fill()
         self.start = self.clock.ns

@@ -1,4 +1,4 @@
-"""Caches and processes: every kind of fork, spawn, exec, death, and the last one out."""
+"""Caches and processes: all kinds of fork, spawn, exec, death; the last one out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from shmcache._workers import Attachment
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
-    from pathlib import Path
 
 SHM = "/dev/shm"
 PATIENCE = 60  # s; only a failing test waits so long
@@ -423,7 +422,7 @@ def orphaned(name: str, persist: bool) -> tuple[int, Connection]:
         cache = Cache(name, persist=persist)
         cache["a"] = "the parent's"
 
-        def child(_: Connection) -> None:
+        def child(_link: Connection) -> None:
             link.send(os.getpid())
             while link.recv() == "go":
                 for _ in range(1000):
@@ -604,7 +603,7 @@ def test_process_argument(
     """A Cache passed to a Process is the same cache there, and is left at its end."""
     cache = make_cache(name, ttl=60, codec=Reversed())
     cache["question"] = "ab"
-    process = multiprocessing.get_context(method).Process(
+    process = multiprocessing.get_context(method).Process(  # type: ignore[attr-defined]
         target=answer, args=(cache, "answer")
     )
     process.start()
@@ -640,7 +639,7 @@ def test_last_one_out_is_a_process_that_just_ends(name: str, method: str) -> Non
     """The normal end of a multiprocessing child removes what nobody uses any more."""
     cache = Cache(name)
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context(method).Process(
+    process = multiprocessing.get_context(method).Process(  # type: ignore[attr-defined]
         target=keep_to_the_end, args=(cache, there)
     )
     process.start()
@@ -723,7 +722,8 @@ def test_persistent_cache_after_a_clean_stop(name: str) -> None:
         assert run(script, name) == f"501 {n} []\n"
         assert names_of(name) == found
     with Cache.attach(name) as cache:
-        assert {**{i: str(i) * 10 for i in range(500)}, "n": 3} == dict(cache.items())
+        expected: dict[Any, Any] = {i: str(i) * 10 for i in range(500)}
+        assert {**expected, "n": 3} == dict(cache.items())
         assert cache.stats().workers == 1
         cache.unlink()
     assert names_of(name) == []
@@ -783,13 +783,13 @@ def test_fifty_processes_start_at_once(new_name: Callable[[], str]) -> None:
 
         def join(link: Connection, name: str = name, start: int = start) -> None:
             os.close(start)
-            os.read(starting, 1)
+            os.read(starting, 1)  # noqa: B023 - forked before it changes
             cache = Cache(name, max_entries=100)
             cache.incr("n", initial=0)
             link.send("in")
             link.recv()
             link.send((cache["n"], cache.stats().workers))
-            os.read(ending, 1)
+            os.read(ending, 1)  # noqa: B023 - as above
             cache.close()
 
         ending, end = os.pipe()
@@ -825,7 +825,7 @@ def test_two_last_ones_out(name: str) -> None:
             link.recv()
             close_files(attachment)
 
-        Attachment._close_files = pause  # type: ignore[method-assign]
+        Attachment._close_files = pause  # type: ignore[method-assign, assignment]
         link.send("in")
         link.recv()
         cache.close()
@@ -892,7 +892,7 @@ def test_no_torn_or_foreign_value_in_a_million_reads(
         get = read[how]
         hits = 0
         for key in Random(seed).choices(KEYS, k=reads):
-            value = get(key)
+            value = get(key)  # type: ignore[no-untyped-call]
             if value is not None:
                 hits += 1
                 if not whole(key, value):
@@ -1062,7 +1062,10 @@ class Closing:
         lambda cache: cache.sweep(),
         lambda cache: cache.clear(),
     ],
-    ids="set get incr pop ttl touch gets list len sweep clear".split(),
+    ids=[
+        *("set", "get", "incr", "pop", "ttl", "touch"),
+        *("gets", "list", "len", "sweep", "clear"),
+    ],
 )
 def test_close_in_the_middle_of_an_operation(
     name: str, at: str, sliding: bool, operate: Callable[[Cache], Any]
@@ -1074,10 +1077,8 @@ def test_close_in_the_middle_of_an_operation(
     cache["a"] = 1
     cache.incr("n", initial=1)
     closing.cache = cache
-    try:
+    with suppress(CacheClosed):
         operate(cache)
-    except CacheClosed:
-        pass
     closing.cache = None
     cache.close()
     assert names_of(name) == []

@@ -27,7 +27,7 @@ import pytest
 from shmcache import Cache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 pytestmark = [
     pytest.mark.servers,
@@ -268,8 +268,9 @@ class Server:
         outcomes: list[bool] = []
 
         def request() -> None:
-            for _ in range(10):
-                outcomes.append(self.try_to_ask("count", times=100) is not None)
+            outcomes.extend(
+                self.try_to_ask("count", times=100) is not None for _ in range(10)
+            )
 
         clients = [threading.Thread(target=request) for _ in range(4)]
         for client in clients:
@@ -317,7 +318,11 @@ def installed(kind: Kind) -> Kind:
     ("kind", "warm"),
     [
         *((kind, kind.preloads) for kind in KINDS),
-        *((kind, False) for kind in KINDS if kind.id in {"gunicorn-sync-preload", "uwsgi"}),
+        *(
+            (kind, False)
+            for kind in KINDS
+            if kind.id in {"gunicorn-sync-preload", "uwsgi"}
+        ),
     ],
     ids=lambda value: getattr(value, "id", "warm" if value else "cold"),
 )
@@ -335,9 +340,7 @@ def test_workers_share_one_cache(kind: Kind, name: str, warm: bool) -> None:
 
         server.ask("put", key="kept", value="over a death")
         victim = min(workers)
-        acknowledged, vain = server.count_while(
-            lambda: os.kill(victim, signal.SIGKILL)
-        )
+        acknowledged, vain = server.count_while(lambda: os.kill(victim, signal.SIGKILL))
         assert victim not in server.meet()
         assert server.ask("get", key="kept") == "over a death"
         counter = server.ask("get", key="counter")
