@@ -1264,11 +1264,9 @@ class Slab:
         fresh: Index = 0
         count: Index = 0
         sequence: Word = 0
-        # The wheel's time: a clock of the user's is Python code, so not asked now, and
-        # no time before the first expiry is wrong.
-        now: Word = self.w64[b + _S_TICK] << _WHEEL_TICK_BITS & _MASK64
-        if self.clock is None:
-            now = self._now()
+        # The wheel's time.  A clock of the user's is Python code, so not asked now; a
+        # wheel that stands in the past turns by itself, one in the future would not.
+        now: Word = self._now() if self.clock is None else 0
         cython.declare(slot=Index, other=Index, v=Index, i=Index)
         self._tidy(b)
         for slot in range(1, slots + 1):

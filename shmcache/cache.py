@@ -749,10 +749,10 @@ class Cache(Slab):
                 removed += count
                 if budget is not None and time.monotonic() - started > budget:
                     break
-        row = self._attachment.row
-        self._attachment.words[row + L.R_SWEEPS] += 1
         elapsed = round((time.monotonic() - started) * 1e9)
-        self._attachment.words[row + L.R_SWEEP_NS] += elapsed
+        words, row = self._attachment.words, self._attachment.row
+        for word, more in ((row + L.R_SWEEPS, 1), (row + L.R_SWEEP_NS, elapsed)):
+            words[word] = (words[word] + more) & L.MASK64
         return removed
 
     def _tend(self, budget: float) -> None:

@@ -1,7 +1,8 @@
 """Damaged segments: no signal, no endless loop, no value that was never stored.
 
-``SHMCACHE_DAMAGES``: how many segments are damaged in all; ``SHMCACHE_SEED``: the seed.
-A failure names seed and round, which ``damage_rig.py`` repeats alone.
+``SHMCACHE_DAMAGES``: how many segments are damaged in all; ``SHMCACHE_SEED``: the seed,
+always the same unless given, so that a failure is of the change and not of the day.
+It names seed and round, which ``damage_rig.py`` repeats alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import secrets
 import subprocess
 import sys
 
@@ -21,7 +21,7 @@ import shmcache
 DAMAGES = int(
     os.environ.get("SHMCACHE_DAMAGES", "22000" if shmcache.compiled else "1500")
 )
-SEED = int(os.environ.get("SHMCACHE_SEED", "0")) or secrets.randbits(32)
+SEED = int(os.environ.get("SHMCACHE_SEED", "1"))
 # Segments in use are the cheap ones; those at rest are attached to anew each time.
 SHARES = {"used": 10, "at rest": 1}
 BATCHES = [("used", batch) for batch in range(10)] + [("at rest", 0)]
