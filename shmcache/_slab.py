@@ -973,6 +973,8 @@ class Slab:
         )
         while limit > 0:
             tick = self.w64[b + _S_TICK]
+            if tick > _MAX_EXPIRES >> _WHEEL_TICK_BITS:
+                raise Corrupt("tick")
             number = self._wheel_next(b)
             if number == -2:
                 self.w64[b + _S_DUE] = _NEVER
