@@ -1233,14 +1233,14 @@ class Slab:
         # Repair of what no record tells: counters that cannot be, and halves of claims.
         cython.declare(i=Index, at=Index, token=Word, evicted=Word)
         for i in range(_S_COUNTERS, _S_COUNTERS_END):
-            if self.w64[b + i] >> 63:
+            if self.w64[b + i] >> 62:  # and room to count on below the bound
                 self.w64[b + i] = 0
         for i in range(_S_GONE + _CAUSES, _S_UNREAD):
             self.w64[b + i] = 0
         evicted = self.w64[b + _S_GONE + _EXPIRED] + self.w64[b + _S_GONE + _CAPACITY]
         if self.w64[b + _S_UNREAD] > evicted:
             self.w64[b + _S_UNREAD] = evicted
-        if self.w64[b + _S_TURNS] >> 63:
+        if self.w64[b + _S_TURNS] >> 62:
             self.w64[b + _S_TURNS] = 0
         if self.w64[self._record(b, 0)] & 1:
             self.w64[self._record(b, 0)] = 0  # the sentinel is no entry
