@@ -1109,6 +1109,8 @@ class Slab:
         now: Word,
     ) -> Word:
         # A new record for the key, in place of ``old`` if that is not 0; its version.
+        if cython.compiled and old:
+            self._fetch_neighbours(b, old)
         key_len: Index = len(key)
         value_len: Index = len(value)
         need: Index = self._need(key_len, value_len)
@@ -1972,6 +1974,28 @@ class Slab:
         self.touch_count[s] = n + 1
         return 0
 
+    # Lines of the slab that will be needed soon, asked for while there is other work.
+
+    @cython.cfunc
+    @cython.inline
+    def _fetch_record(self, b: Index, h32: Word) -> cython.int:
+        # The first record of a bucket.  Without the lock: it may be another's by then.
+        slot: Index = self.w32[self._bucket(b, h32)]
+        if slot <= self.slots:
+            prefetch(cython.address(self.w32[2 * (b + self.records8 + slot * 8)]))
+        return 0
+
+    @cython.cfunc
+    @cython.inline
+    def _fetch_neighbours(self, b: Index, slot: Index) -> cython.int:
+        # The records that are before and behind in the LRU ring.
+        r: Index = 2 * self._record(b, slot)
+        near: Index = self.w32[r + _F_LRU_PREV]
+        prefetch(cython.address(self.w32[2 * self._record(b, near)]))
+        near = self.w32[r + _F_LRU_NEXT]
+        prefetch(cython.address(self.w32[2 * self._record(b, near)]))
+        return 0
+
     @cython.cfunc
     def _apply_touches(self, s: Index, b: Index) -> cython.int:
         at: Index = s * _TOUCHES
@@ -1984,11 +2008,7 @@ class Slab:
                 r = 2 * self._record(b, self.touch_slot[at + i])
                 prefetch(cython.address(self.w32[r]))
             for i in range(n):
-                r = 2 * self._record(b, self.touch_slot[at + i])
-                slot = self.w32[r + _F_LRU_PREV]
-                prefetch(cython.address(self.w32[2 * self._record(b, slot)]))
-                slot = self.w32[r + _F_LRU_NEXT]
-                prefetch(cython.address(self.w32[2 * self._record(b, slot)]))
+                self._fetch_neighbours(b, self.touch_slot[at + i])
         for i in range(n):
             slot = self.touch_slot[at + i]
             if self.w64[self._record(b, slot)] == self.touch_version[at + i]:
@@ -2038,6 +2058,8 @@ class Slab:
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
         h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        if cython.compiled:
+            self._fetch_record(self._base(self._shard(h)), h & _MASK32)
         ns: Word = self._shorten(self._ttl(ttl))
         tag: cython.uint
         data: bytes
