@@ -1571,7 +1571,8 @@ class Slab:
     def _post(self, s: Index) -> cython.int:
         if cython.compiled:
             sem_post(self.sems[s])
-        else:
+        elif self.pysems[s].value == 0:
+            # Else there is a spare permit, unsafe here: ours takes its place.
             self.pysems[s].release()
         return 0
 

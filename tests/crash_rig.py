@@ -110,6 +110,12 @@ class DyingSemaphore:
         self._fuse.burn()
         self._semaphore.release()
 
+    @property
+    def value(self) -> int:
+        """As posix_ipc's."""
+        permits: int = self._semaphore.value
+        return permits
+
     def close(self) -> None:
         """As posix_ipc's."""
         self._semaphore.close()
