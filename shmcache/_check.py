@@ -484,6 +484,9 @@ def _check_counts(s: _Reader) -> None:
         s.say(f"fresh slot is {words[fmt.S_FRESH_SLOT]} of {s.slots}")
     if words[fmt.S_FRESH_BLOCK] > s.blocks:
         s.say(f"fresh block is {words[fmt.S_FRESH_BLOCK]} of {s.blocks}")
+    # Who leaves a shard has finished what it began.
+    if words[fmt.S_REDO_SLOT]:
+        s.say(f"a number of slot {words[fmt.S_REDO_SLOT]} is being overwritten")
     # A slot that was never used holds no entry.
     beyond = [slot for slot in s.live if slot > s.fresh_slot]
     if beyond:

@@ -130,6 +130,11 @@ S_FREE_BLOCK = 13
 S_FRESH_BLOCK = 14
 S_TICK = 15  # where the wheel stands
 S_DUE = 16  # no entry of the wheel expires before this, ns; 0 = not set yet
+# A number that is being overwritten in place, so that the next holder can finish it.
+S_REDO_SLOT = 17  # 0: none
+S_REDO_VERSION = 18
+S_REDO_VALUE = 19  # its eight bytes
+S_REDO_CHECKSUM = 20
 # Counters.
 S_HITS = 24  # of the interpreted engine, which reads under the lock
 S_MISSES = 25

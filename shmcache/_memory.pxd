@@ -176,6 +176,84 @@ cdef extern from * nogil:
     #endif
     }
 
+    /* XXH3 of up to 128 bytes, 64 bits of it (https://github.com/Cyan4973/xxHash, its
+       specification): a call of the Python package costs more than all the rest of a
+       lookup in warm caches.  Longer keys go there. */
+    static const shm_word shm_secret[16] = {
+        0xBE4BA423396CFEB8ull, 0x1CAD21F72C81017Cull, 0xDB979083E96DD4DEull,
+        0x1F67B3B7A4A44072ull, 0x78E5C0CC4EE679CBull, 0x2172FFCC7DD05A82ull,
+        0x8E2443F7744608B8ull, 0x4C263A81E69035E0ull, 0xCB00C391BB52283Cull,
+        0xA32E531B8B65D088ull, 0x4EF90DA297486471ull, 0xD8ACDEA946EF1938ull,
+        0x3F349CE33F76FAA8ull, 0x1D4F0BC7C7BBDCF9ull, 0x3159B4CD4BE0518Aull,
+        0x647378D9C97E9FC8ull};
+
+    static inline shm_word shm_read64(const unsigned char *p)
+    { shm_word w; memcpy(&w, p, 8); return shm_little(w); }
+
+    static inline shm_word shm_read32(const unsigned char *p)
+    { return p[0] | (shm_word)p[1] << 8 | (shm_word)p[2] << 16 | (shm_word)p[3] << 24; }
+
+    static inline shm_word shm_fold(shm_word a, shm_word b)
+    {
+        unsigned __int128 product = (unsigned __int128)a * b;
+        return (shm_word)product ^ (shm_word)(product >> 64);
+    }
+
+    /* 16 bytes with two words of the secret, of which ``word`` is the first. */
+    static inline shm_word shm_mix(const unsigned char *p, int word, shm_word seed)
+    {
+        return shm_fold(shm_read64(p) ^ (shm_secret[word] + seed),
+                        shm_read64(p + 8) ^ (shm_secret[word + 1] - seed));
+    }
+
+    static inline shm_word shm_avalanche(shm_word h)
+    {
+        h ^= h >> 37;
+        h *= 0x165667919E3779F9ull;
+        return h ^ h >> 32;
+    }
+
+    static inline shm_word shm_xxh3(const unsigned char *p, Py_ssize_t n, shm_word seed)
+    {
+        const shm_word *s = shm_secret;
+        shm_word h, lo, hi;
+        Py_ssize_t i;
+        if (n > 16) {
+            h = (shm_word)n * 0x9E3779B185EBCA87ull;
+            for (i = (n - 1) / 32; i >= 0; i--) /* from the middle to both ends */
+                h += shm_mix(p + 16 * i, 4 * (int)i, seed)
+                     + shm_mix(p + n - 16 * (i + 1), 4 * (int)i + 2, seed);
+            return shm_avalanche(h);
+        }
+        if (n > 8) {
+            lo = shm_read64(p) ^ ((s[3] ^ s[4]) + seed);
+            hi = shm_read64(p + n - 8) ^ ((s[5] ^ s[6]) - seed);
+            return shm_avalanche((shm_word)n + __builtin_bswap64(lo) + hi
+                                 + shm_fold(lo, hi));
+        }
+        if (n >= 4) {
+            seed ^= (shm_word)__builtin_bswap32((uint32_t)seed) << 32;
+            h = (shm_read32(p + n - 4) + (shm_read32(p) << 32)) ^ ((s[1] ^ s[2]) - seed);
+            h ^= (h << 49 | h >> 15) ^ (h << 24 | h >> 40);
+            h *= 0x9FB21C651E98DF25ull;
+            h ^= (h >> 35) + (shm_word)n;
+            h *= 0x9FB21C651E98DF25ull;
+            return h ^ h >> 28;
+        }
+        if (n > 0) {
+            h = (shm_word)p[0] << 16 | (shm_word)p[n >> 1] << 24 | p[n - 1]
+                | (shm_word)n << 8;
+            h ^= ((s[0] & 0xFFFFFFFFull) ^ s[0] >> 32) + seed;
+        } else {
+            h = seed ^ s[7] ^ s[8];
+        }
+        h ^= h >> 33;
+        h *= 0xC2B2AE3D27D4EB4Full;
+        h ^= h >> 29;
+        h *= 0x165667B19E3779F9ull;
+        return h ^ h >> 32;
+    }
+
     /* Sum of n bytes as little-endian 64-bit words modulo 2**64 - 1. */
     static inline shm_word shm_sum(const unsigned char *p, Py_ssize_t n)
     {
@@ -221,6 +299,7 @@ cdef extern from * nogil:
     bint sem_try "shm_sem_try"(shm_word sem)
     int sem_value "shm_sem_value"(shm_word sem)
     int sem_wait "shm_sem_wait"(shm_word sem, shm_word ns)
+    shm_word xxh3 "shm_xxh3"(const unsigned char *p, Py_ssize_t n, shm_word seed)
     shm_word sum_words "shm_sum"(const unsigned char *p, Py_ssize_t n)
     shm_word on_exit "shm_on_exit"(
         int lease, long rows, long count, const char *paths, Py_ssize_t size)

@@ -85,6 +85,7 @@ if cython.compiled:
         store,
         sum_words,
         write_fence,
+        xxh3,
     )
 else:
     from signal import SIG_BLOCK, SIG_SETMASK, pthread_sigmask, valid_signals
@@ -109,6 +110,10 @@ _S_FREE_BLOCK = cython.declare(cython.Py_ssize_t, L.S_FREE_BLOCK)
 _S_FRESH_BLOCK = cython.declare(cython.Py_ssize_t, L.S_FRESH_BLOCK)
 _S_TICK = cython.declare(cython.Py_ssize_t, L.S_TICK)
 _S_DUE = cython.declare(cython.Py_ssize_t, L.S_DUE)
+_S_REDO_SLOT = cython.declare(cython.Py_ssize_t, L.S_REDO_SLOT)
+_S_REDO_VERSION = cython.declare(cython.Py_ssize_t, L.S_REDO_VERSION)
+_S_REDO_VALUE = cython.declare(cython.Py_ssize_t, L.S_REDO_VALUE)
+_S_REDO_CHECKSUM = cython.declare(cython.Py_ssize_t, L.S_REDO_CHECKSUM)
 _S_HITS = cython.declare(cython.Py_ssize_t, L.S_HITS)
 _S_MISSES = cython.declare(cython.Py_ssize_t, L.S_MISSES)
 _S_SETS = cython.declare(cython.Py_ssize_t, L.S_SETS)
@@ -398,8 +403,9 @@ class Slab:
     lock_timeout: Word
     random: Word
     has_news: cython.bint
+    in_step: cython.bint  # see _fetch_block
     waiting: cython.int  # threads of this process that sleep on a semaphore
-    seeds: object
+    seed: Word
     codec: object
     encode: object
     decode: object
@@ -440,7 +446,7 @@ class Slab:
         self.links4 = geometry.links_at // 4
         self.arena = geometry.arena_at
         self.capacity = memoryview(array("Q", capacity))
-        self.seeds = [(seed + kind) & L.MASK64 for kind in range(8)]
+        self.seed = seed
         self.codec = codec
         self.encode = codec.encode
         self.decode = codec.decode
@@ -457,6 +463,7 @@ class Slab:
         self.row = 0
         self.random = 1
         self.has_news = False
+        self.in_step = True
         self.news = []
         self.owners = {}
         self.pysems = []
@@ -530,6 +537,19 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    def _hash(self, key: bytes, kind: cython.uint) -> Word:
+        # Keys of one spelling and different kinds have nothing to do with each other.
+        seed: Word = (self.seed + kind) & _MASK64
+        if cython.compiled:
+            n: Index = len(key)
+            if n <= 128:
+                return xxh3(
+                    cython.cast("const unsigned char *", PyBytes_AS_STRING(key)), n, seed
+                )
+        return xxh3_64_intdigest(key, seed)
+
+    @cython.cfunc
+    @cython.inline
     @cython.exceptval(check=False)
     def _shard(self, h: Word) -> Index:
         return cython.cast(Index, ((h >> 32) * self.shards) >> 32)
@@ -564,6 +584,13 @@ class Slab:
         if block <= 0 or block > self.blocks:
             raise Corrupt("block")
         return 8 * b + self.arena + (block << self.block_shift)
+
+    @cython.cfunc
+    @cython.inline
+    def _stamp(self, now: Word) -> cython.uint:
+        return cython.cast(
+            cython.uint, ((now - self.stamp_zero) >> _STAMP_SHIFT) & _MASK32
+        )
 
     @cython.cfunc
     @cython.inline
@@ -1038,6 +1065,7 @@ class Slab:
                 and self.w32[r + _F_META] & _META_KEY == want
                 and self._same_key(b, self.w32[r + _F_BLOCK], key)
             ):
+                self.in_step = self.w32[r + _F_BLOCK] == slot
                 return slot
             slot = self.w32[r + _F_CHAIN]
             steps += 1
@@ -1142,9 +1170,7 @@ class Slab:
             cython.cast(cython.uint, key_len) | kind << 16 | tag << _META_TAG_SHIFT
         )
         self.w32[r + _F_TTL] = ttl
-        self.w32[r + _F_STAMP] = cython.cast(
-            cython.uint, ((now - self.stamp_zero) >> _STAMP_SHIFT) & _MASK32
-        )
+        self.w32[r + _F_STAMP] = self._stamp(now)
         self.w32[r + _F_CHECKSUM] = self._checksum(value, h32, tag)
         self.w32[r + _F_WHEEL_PREV] = 0
         self.w32[r + _F_WHEEL_NEXT] = 0
@@ -1162,6 +1188,76 @@ class Slab:
         self.w64[b + _S_ENTRIES] += 1
         self.w64[b + _S_SETS] += 1
         return version
+
+    # Overwriting a number in place
+    #
+    # Problem: a counter that moves to a new record and block at each step, for the sake
+    # of a death that seldom comes, costs thrice what the step itself does.
+    # Mechanism: number, version and checksum are written down in the shard's header (a
+    # redo record, as in a database's log) before the entry is touched, so an overwrite
+    # that was begun can be finished by anybody.  Readers are kept off as by any writer:
+    # the version is even meanwhile, and another one afterwards.
+    # Death in the middle: ``_rebuild`` begins with ``_redo``.  If the death came before
+    # REDO_SLOT was stored, nothing of the entry has been changed.
+
+    @cython.cfunc
+    def _rewrite(
+        self, s: Index, b: Index, slot: Index, data: bytes, checksum: cython.uint
+    ) -> cython.int:
+        # Eight bytes in place of the eight that are the entry's value.
+        sequence: Word = self.w64[b + _S_SEQUENCE] + 1
+        version: Word = sequence << 1 | 1
+        self.w64[b + _S_SEQUENCE] = sequence
+        self.w64[b + _S_REDO_VERSION] = version
+        self.w64[b + _S_REDO_VALUE] = _word_of(data)
+        self.w64[b + _S_REDO_CHECKSUM] = checksum
+        self._put_word(b + _S_REDO_SLOT, slot)
+        self._finish_rewrite(b, slot, data)
+        self._note(s, b, slot, version)
+        self._count(b + _S_GONE + _REPLACED, 1)
+        self._count(b + _S_SETS, 1)
+        return 0
+
+    @cython.cfunc
+    def _finish_rewrite(self, b: Index, slot: Index, data: bytes) -> cython.int:
+        v: Index = self._record(b, slot)
+        key_len: Index = self.w32[2 * v + _F_META] & _MAX_KEY
+        version: Word = self.w64[b + _S_REDO_VERSION]
+        checksum: cython.uint = cython.cast(
+            cython.uint, self.w64[b + _S_REDO_CHECKSUM] & _MASK32
+        )
+        self._put_word(v, version - 1)
+        self._copy_in(b, self.w32[2 * v + _F_BLOCK], key_len, data)
+        self.w32[2 * v + _F_CHECKSUM] = checksum
+        self._put_word(v, version)
+        self._put_word(b + _S_REDO_SLOT, 0)
+        return 0
+
+    @cython.cfunc
+    def _redo(self, b: Index) -> cython.int:
+        # Finish what a dead writer began; nothing if the words make no sense.
+        slot: Word = self.w64[b + _S_REDO_SLOT]
+        version: Word = self.w64[b + _S_REDO_VERSION]
+        if 0 < slot <= cython.cast(Word, self.slots):
+            v: Index = self._record(b, cython.cast(Index, slot))
+            # Of a record that has become another's, the checksum will not agree.
+            if (
+                self.w64[v] < version <= self.w64[b + _S_SEQUENCE] << 1 | 1
+                and version & 1
+                and version <= _MAX_VERSION
+                and self.w32[2 * v + _F_VALUE_LEN] == 8
+            ):
+                try:
+                    self._finish_rewrite(
+                        b,
+                        cython.cast(Index, slot),
+                        _bytes_of(self.w64[b + _S_REDO_VALUE]),
+                    )
+                except IndexError:
+                    pass  # a chain of blocks that leads nowhere; the record is given up
+        if slot:
+            self.w64[b + _S_REDO_SLOT] = 0
+        return 0
 
     # --- repair ---------------------------------------------------------------------
     #
@@ -1215,7 +1311,7 @@ class Slab:
             good = False
         if good:
             key: bytes = self._copy_out(b, first, 0, key_len)
-            h: Word = xxh3_64_intdigest(key, self.seeds[kind])
+            h: Word = self._hash(key, kind)
             value: bytes = self._copy_out(b, first, key_len, value_len)
             good = (
                 self._base(self._shard(h)) == b
@@ -1273,6 +1369,7 @@ class Slab:
         now: Word = self._now() if self.clock is None else 0
         cython.declare(slot=Index, other=Index, v=Index, i=Index)
         self._tidy(b)
+        self._redo(b)
         for slot in range(1, slots + 1):
             v = self._record(b, slot)
             if self.w64[v] == 0:
@@ -1722,7 +1819,7 @@ class Slab:
         # The value of a key (True for a probe), or MISSING.
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        h: Word = self._hash(kb, kind)
         s: Index = self._shard(h)
         b: Index = self._base(s)
         if cython.compiled:
@@ -1764,6 +1861,8 @@ class Slab:
             for _attempt in range(_ATTEMPTS):
                 epoch = self._get_word(b + _S_EPOCH)
                 slot = self.w32[head]
+                if cython.compiled and slot:
+                    self._fetch_block(b, slot)
                 steps = 0
                 found = False
                 while slot:
@@ -1778,6 +1877,7 @@ class Slab:
                     ):
                         block = self.w32[r + _F_BLOCK]
                         if self._same_key(b, block, kb):
+                            self.in_step = block == slot
                             found = True
                             break
                     slot = self.w32[r + _F_CHAIN]
@@ -1903,7 +2003,7 @@ class Slab:
         if self.w64[v] & 1 == 0 or kind > 4:
             raise Corrupt("key")
         key: bytes = self._copy_out(b, self.w32[2 * v + _F_BLOCK], 0, meta & _MAX_KEY)
-        h: Word = xxh3_64_intdigest(key, self.seeds[kind])
+        h: Word = self._hash(key, kind)
         if h & _MASK32 != self.w32[2 * v + _F_HASH]:
             raise Corrupt("key")
         return key
@@ -1984,6 +2084,20 @@ class Slab:
         slot: Index = self.w32[self._bucket(b, h32)]
         if slot <= self.slots:
             prefetch(cython.address(self.w32[2 * (b + self.records8 + slot * 8)]))
+            self._fetch_block(b, slot)
+        return 0
+
+    @cython.cfunc
+    @cython.inline
+    def _fetch_block(self, b: Index, slot: Index) -> cython.int:
+        # Of entries of one block each, slots and blocks are taken and freed together,
+        # so they have the same numbers: ask for the block before the record, which
+        # names it, has come.  As long as the last entry found was such a one.
+        if self.in_step and slot <= self.blocks:
+            at: Index = 8 * b + self.arena + (slot << self.block_shift)
+            prefetch(cython.address(self.mem[at]))
+            if self.block_shift > 6:
+                prefetch(cython.address(self.mem[at + 64]))
         return 0
 
     @cython.cfunc
@@ -2058,9 +2172,11 @@ class Slab:
         # Store; the new version, or 0 when the mode forbids it.
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        h: Word = self._hash(kb, kind)
+        s: Index = self._shard(h)
+        b: Index = self._base(s)
         if cython.compiled:
-            self._fetch_record(self._base(self._shard(h)), h & _MASK32)
+            self._fetch_record(b, h & _MASK32)
         ns: Word = self._shorten(self._ttl(ttl))
         tag: cython.uint
         data: bytes
@@ -2074,8 +2190,6 @@ class Slab:
         now: Word = self._now()
         expires: Word = now + ns if ns else _NEVER
         word: cython.uint = _pack_ttl(ns)
-        s: Index = self._shard(h)
-        b: Index = self._base(s)
         version: Word = 0
         slot: Index
         if not self._fits(len(kb), len(data)):
@@ -2140,10 +2254,12 @@ class Slab:
         # Remove an entry: its value (True if not wanted), or MISSING.
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
-        now: Word = self._now()
+        h: Word = self._hash(kb, kind)
         s: Index = self._shard(h)
         b: Index = self._base(s)
+        if cython.compiled:
+            self._fetch_record(b, h & _MASK32)
+        now: Word = self._now()
         data: bytes = b""
         tag: cython.uint = 0
         self._begin(s, b)
@@ -2239,10 +2355,12 @@ class Slab:
             self._enter_process()
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
-        now: Word = self._now()
+        h: Word = self._hash(kb, kind)
         s: Index = self._shard(h)
         b: Index = self._base(s)
+        if cython.compiled:
+            self._fetch_record(b, h & _MASK32)
+        now: Word = self._now()
         data: bytes = b""
         tag: cython.uint = 0
         version: Word = 0
@@ -2324,11 +2442,13 @@ class Slab:
             self._enter_process()
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
-        ns: Word = self._shorten(self._ttl(ttl))
-        now: Word = self._now()
+        h: Word = self._hash(kb, kind)
         s: Index = self._shard(h)
         b: Index = self._base(s)
+        if cython.compiled:
+            self._fetch_record(b, h & _MASK32)
+        ns: Word = self._shorten(self._ttl(ttl))
+        now: Word = self._now()
         v: Index
         self._begin(s, b)
         try:
@@ -2356,7 +2476,7 @@ class Slab:
             self._enter_process()
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        h: Word = self._hash(kb, kind)
         now: Word = self._now()
         s: Index = self._shard(h)
         b: Index = self._base(s)
@@ -2407,19 +2527,21 @@ class Slab:
             )
         kb: bytes = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        h: Word = self._hash(kb, kind)
+        s: Index = self._shard(h)
+        b: Index = self._base(s)
+        if cython.compiled:
+            self._fetch_record(b, h & _MASK32)
         ns: Word = self._shorten(self._ttl(ttl))
         fresh = None if initial is None else initial + delta
         now: Word = self._now()
-        s: Index = self._shard(h)
-        b: Index = self._base(s)
         expires: Word = now + ns if ns else _NEVER
         word: cython.uint = _pack_ttl(ns)
         if not self._fits(len(kb), 8):
             self._refuse(s, b, len(kb), 8)
         number = None
-        old = None
         tag: cython.uint = _TAG_INT
+        old_tag: cython.uint = _TAG_CODEC
         v: Index
         data: bytes
         self._begin(s, b)
@@ -2430,10 +2552,10 @@ class Slab:
                 slot = 0
             if slot:
                 v = self._record(b, slot)
-                tag = (self.w32[2 * v + _F_META] >> _META_TAG_SHIFT) & 15
-                if tag == _TAG_INT or tag == _TAG_FLOAT:
-                    old = _number(self._value(b, slot, h), tag)
-                    number = old + delta
+                old_tag = (self.w32[2 * v + _F_META] >> _META_TAG_SHIFT) & 15
+                data = self._value(b, slot, h)  # so that the tag is to be believed
+                if (old_tag == _TAG_INT or old_tag == _TAG_FLOAT) and len(data) == 8:
+                    number = _number(data, old_tag) + delta
                 if ttl is ...:
                     expires = self.w64[v + 1]
                     word = self.w32[2 * v + _F_TTL]
@@ -2445,7 +2567,15 @@ class Slab:
                 data = _number_bytes(number)
                 if data is not None:
                     tag = _TAG_INT if type(number) is int else _TAG_FLOAT
-                    self._store(s, b, slot, h, kind, kb, tag, data, expires, word, now)
+                    if tag == old_tag and expires == self.w64[v + 1]:
+                        self._rewrite(
+                            s, b, slot, data, self._checksum(data, h & _MASK32, tag)
+                        )
+                        self.w32[2 * v + _F_STAMP] = self._stamp(now)
+                    else:
+                        self._store(
+                            s, b, slot, h, kind, kb, tag, data, expires, word, now
+                        )
         except BaseException as error:
             self._abort(s, b, error)
             raise
@@ -2797,7 +2927,7 @@ class Slab:
         """(kind, bytes, hash, shard) of a key."""
         kb = _key_bytes(key)
         kind: cython.uint = _key_kind(key)
-        h: Word = xxh3_64_intdigest(kb, self.seeds[kind])
+        h: Word = self._hash(kb, kind)
         return kind, kb, h, self._shard(h)
 
 
@@ -2841,6 +2971,26 @@ def _number_bytes(number: object) -> object:
         return _LONG.pack(number)
     except struct.error:
         return None
+
+
+@cython.cfunc
+@cython.inline
+def _word_of(data: bytes) -> Word:
+    # Eight bytes as a word of this machine.
+    if cython.compiled:
+        return cython.cast(
+            cython.p_ulonglong, cython.cast(cython.p_void, PyBytes_AS_STRING(data))
+        )[0]
+    return int.from_bytes(data, sys.byteorder)
+
+
+@cython.cfunc
+def _bytes_of(word: Word) -> bytes:
+    if cython.compiled:
+        return PyBytes_FromStringAndSize(
+            cython.cast("const char *", cython.address(word)), 8
+        )
+    return word.to_bytes(8, sys.byteorder)
 
 
 @cython.cfunc

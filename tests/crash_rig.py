@@ -187,6 +187,7 @@ class Keys:
     """Keys by the bucket that they fall into: a, b, c ... share one; x, y, z another.
 
     So every scenario has chains of several entries, whatever the segment's seed.
+    The key h is so long that eight bytes behind it lie in two blocks.
     """
 
     def __init__(self, cache: shmcache.Cache) -> None:
@@ -196,9 +197,10 @@ class Keys:
         for names, bucket in (("abcdefgh", 0), ("xyz", BUCKETS - 1)):
             number = 0
             for name in names:
-                while self._bucket(f"{name}{number}") != bucket:
+                start = name * 58 if name == "h" else name
+                while self._bucket(f"{start}{number}") != bucket:
                     number += 1
-                self._named[name] = f"{name}{number}"
+                self._named[name] = f"{start}{number}"
         self.all = list(self._named.values())
 
     def _bucket(self, key: str) -> int:
@@ -261,6 +263,7 @@ def numbers(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
     cache[k["b"]] = 2
     cache.set(k["c"], 3, ttl=50)
     cache[k["x"]] = 0.5
+    cache[k["h"]] = 0x1122_3344_5566_7788
 
 
 def mortal(cache: shmcache.Cache, clock: Clock, k: Keys) -> None:
@@ -409,6 +412,11 @@ def incr(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
 @scenario(numbers)
 def incr_mortal(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
     cache.incr(k["c"], 10)
+
+
+@scenario(numbers)
+def incr_across_blocks(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
+    cache.incr(k["h"], -0x0101_0101_0101_0101)
 
 
 @scenario(numbers)

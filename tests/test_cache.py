@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import posix_ipc
 import pytest
+import xxhash
 
 import shmcache
 from shmcache import Cache
@@ -1102,6 +1103,20 @@ def test_thread_sweeps_by_itself(make_cache: MakeCache) -> None:
 # --- numbers and versions -------------------------------------------------------
 
 
+def test_hash_is_that_of_the_package(make_cache: MakeCache) -> None:
+    """The engine's own XXH3 of short keys is what the interpreted engine calls."""
+    cache = make_cache()
+    dice = random.Random(1)
+    seed = cache._attachment.header.seed
+    for length in (*range(300), 1000, 65_535):
+        for _ in range(4):
+            key = dice.randbytes(length)
+            kind, data, key_hash, _ = cache._key_hash(key)
+            assert (kind, data) == (fmt.Kind.BYTES, key)
+            expected = xxhash.xxh3_64_intdigest(key, (seed + kind) & fmt.MASK64)
+            assert key_hash == expected
+
+
 def test_incr_and_decr(make_cache: MakeCache) -> None:
     """They add to what is there, or to ``initial`` if nothing is."""
     cache = make_cache()
@@ -1119,6 +1134,45 @@ def test_incr_and_decr(make_cache: MakeCache) -> None:
     cache["f"] = 1.5
     assert cache.incr("f") == 2.5
     assert cache.incr("f", initial=1000) == 3.5
+
+
+def test_incr_of_a_damaged_value_is_no_matter_of_types(make_cache: MakeCache) -> None:
+    """What is no number by damage only is damage, not the caller's mistake."""
+    cache = make_cache()
+    cache["n"] = 1
+    words = cache._attachment.block.view.cast("I")
+    header = cache._attachment.header
+    record = (header.geometry.shards_at + header.geometry.records_at + fmt.RECORD) // 4
+    assert words[record + fmt.F_META] >> fmt.META_TAG_SHIFT == fmt.Tag.INT
+    words[record + fmt.F_META] ^= (fmt.Tag.INT ^ fmt.Tag.BYTES) << fmt.META_TAG_SHIFT
+    words.release()
+
+    with pytest.raises(shmcache.SegmentCorrupt):
+        cache.incr("n")
+    assert cache.incr("n", initial=5) == 6
+    assert cache.check() == []
+
+
+def test_incr_in_place_or_anew(make_cache: MakeCache, clock: Clock) -> None:
+    """Versions, times of writing, order of use and values are as of any overwrite."""
+    cache = make_cache(max_entries=4, max_bytes=4096, clock=clock)
+    long = "k" * 250  # a value behind it lies in two blocks of 256 bytes
+    assert cache._attachment.header.geometry.block_size == 256
+    for key in ("a", long, "b"):
+        cache[key] = 7
+    value, token = cache.gets("a")
+    assert cache.incr("a", 2**40) == value + 2**40
+    assert not cache.cas("a", 0, token)
+    assert cache.incr(long, -9) == -2
+    assert cache.incr("b", 0.5) == 7.5  # of another type
+    assert cache.incr("b", 0.25, ttl=5) == 7.75
+    clock.advance(5)
+    assert "b" not in cache
+    assert cache.incr(long) == -1
+
+    assert cache.stats().removed["REPLACED"] == 5
+    assert cache.check() == []
+    assert by_age(cache) == ["a", long]
 
 
 def test_incr_to_the_bounds_of_64_bits(make_cache: MakeCache) -> None:

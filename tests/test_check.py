@@ -595,6 +595,7 @@ DAMAGES = [
     shard(fmt.S_TICK, 1 << 44, "tick is 17592186044416, later than any time"),
     shard(fmt.S_DUE, at_tick(TICK - 9) + 1, "slot 7: expires before due"),
     shard(fmt.S_DUE, NEVER, "slots 2, 3, 4, 5 and 2 more: expires before due"),
+    shard(fmt.S_REDO_SLOT, 3, "a number of slot 3 is being overwritten"),
     shard(fmt.S_HITS, HUGE, "hits is"),
     shard(fmt.S_GONE + 7, 1, "word 35 counts 1 entries gone for no known cause"),
     shard(fmt.S_UNREAD, 4, "4 entries evicted unread, of 3 evicted"),
@@ -931,6 +932,7 @@ def test_every_bit_of_the_shard_words() -> None:
     assert unnoticed(copy, words, findings) == {
         *counters,
         *("S_EPOCH", "S_TURNS", "S_SEQUENCE", "S_TICK", "S_DUE"),
+        *("S_REDO_VERSION", "S_REDO_VALUE", "S_REDO_CHECKSUM"),
         *("claimed hash", "claimed token"),
     }
 
