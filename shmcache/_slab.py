@@ -544,7 +544,9 @@ class Slab:
             n: Index = len(key)
             if n <= 128:
                 return xxh3(
-                    cython.cast("const unsigned char *", PyBytes_AS_STRING(key)), n, seed
+                    cython.cast("const unsigned char *", PyBytes_AS_STRING(key)),
+                    n,
+                    seed,
                 )
         return xxh3_64_intdigest(key, seed)
 
@@ -1521,8 +1523,8 @@ class Slab:
     # one turn up after all (its taker was only stopped), two processes come with
     # permits; the one that finds HOLDER taken drops its own and queues up again.  So
     # exclusion rests on HOLDER alone, and a spare permit is harmless.
-    # The interpreted engine has no compare-and-swap; it looks and then stores, which
-    # only a spare permit can make unsafe.
+    # The interpreted engine has no compare-and-swap; it looks and then stores under a
+    # kernel lock, which also goes when its owner dies.
 
     @cython.cfunc
     @cython.inline
@@ -1542,12 +1544,7 @@ class Slab:
 
     def _interpreted_hold(self, s: int, b: int) -> bool:
         # With the permit in hand; False when it turns out to be a spare one.
-        if self.w64[b + _S_HOLDER]:
-            return False
-        self.owners[s] = get_ident()
-        self.w64[b + _S_HOLDER] = self.token
-        self._count(b + _S_TURNS, 1)
-        return True
+        return self._take_over(s, b, 0)
 
     @cython.cfunc
     @cython.inline
@@ -1668,8 +1665,7 @@ class Slab:
     def _post(self, s: Index) -> cython.int:
         if cython.compiled:
             sem_post(self.sems[s])
-        elif self.pysems[s].value == 0:
-            # Else there is a spare permit, unsafe here: ours takes its place.
+        else:
             self.pysems[s].release()
         return 0
 
@@ -1781,6 +1777,9 @@ class Slab:
         raise NotImplementedError
 
     def _recovery_lock(self, s: int) -> Any:
+        raise NotImplementedError
+
+    def _end_recoveries(self) -> None:
         raise NotImplementedError
 
     def _permit_is_gone(self, s: int) -> bool:
@@ -3017,6 +3016,7 @@ if not cython.compiled:
             if frame.f_globals is globals():
                 return  # of a signal handler, or a codec, inside another call
             frame = frame.f_back
+        slab._end_recoveries()
         me = get_ident()
         for s, owner in list(slab.owners.items()):
             b = slab._base(s)

@@ -179,8 +179,9 @@ class Attachment:
         self.row = 0
         self._leaver = 0
         # What the interpreted engine and get_or_set must know of this process's other
-        # threads: who is inside which shard, and who computes which key.
+        # threads: who is inside which shard, who is about to be, who computes which key.
         self.owners: dict[int, int] = {}
+        self.recovering: dict[int, int] = {}
         self.flights: dict[int, Any] = {}
         # Hits of this process that wait to be applied, for all its Cache objects: see
         # touch_buffers.
@@ -351,6 +352,7 @@ class Attachment:
                 if not self.usable():
                     raise SegmentNotFound(self.names.cache)
                 self.owners.clear()
+                self.recovering.clear()
                 self.flights.clear()
                 if self.touches:  # they are of the process that forked us
                     for shard in range(len(self.touches[2])):
@@ -492,13 +494,24 @@ class Attachment:
 
     @contextmanager
     def recovery(self, shard: int) -> Iterator[None]:
-        """Hold the right to take a shard over, for engines without compare-and-swap."""
-        with mutex():
+        """Alone among all threads of all processes, look who holds a shard and become it.
+
+        For engines without compare-and-swap.  ``recovering`` tells what to give back
+        when an exception strikes where no ``finally`` is in force.
+        """
+        me = threading.get_ident()
+        while self.recovering.setdefault(shard, me) != me:
+            time.sleep(0.0001)
+        try:
             self.lease.wait(_RECOVERY + shard, f"recovery of shard {shard}")
-            try:
-                yield
-            finally:
-                self.lease.unlock(_RECOVERY + shard)
+            yield
+        finally:
+            self.end_recovery(shard)
+
+    def end_recovery(self, shard: int) -> None:
+        """Let others become the holder of a shard."""
+        self.lease.unlock(_RECOVERY + shard)
+        self.recovering.pop(shard, None)
 
     # --- rows -----------------------------------------------------------------------
 

@@ -540,6 +540,12 @@ class Cache(Slab):
     def _recovery_lock(self, s: int) -> Any:
         return self._attachment.recovery(s)
 
+    def _end_recoveries(self) -> None:
+        me = threading.get_ident()
+        for shard, owner in list(self._attachment.recovering.items()):
+            if owner == me:
+                self._attachment.end_recovery(shard)
+
     def _describe_wait(self, s: int, holder: int, waited: int) -> str:
         attachment = self._attachment
         if holder == attachment.token:

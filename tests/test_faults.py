@@ -1413,6 +1413,43 @@ def hammer(cache: Cache, number: int, seconds: float) -> tuple[int, float, int]:
     return done, longest, passed
 
 
+def test_12_spare_permits_let_nobody_in_twice(
+    make_cache: Callable[..., Cache],
+) -> None:
+    """A semaphore that lets several in at once leaves one holder, and exact counts."""
+    cache = make_cache(max_entries=100, shards=1, lock_timeout=PATIENCE)
+    name, times = cache.name, 200_000 if shmcache.compiled else 3000
+
+    def count(link: Connection) -> None:
+        with Cache.attach(name, lock_timeout=PATIENCE) as mine:
+            link.send("ready")
+            link.recv()
+            for _ in range(times):
+                mine.incr("n", initial=0)
+            link.send("done")
+
+    writers = [Peer(count) for _ in range(3)]
+    for writer in writers:
+        assert writer.hear() == "ready"
+    semaphore = posix_ipc.Semaphore(cache._names.semaphore(0))
+    for writer in writers:
+        writer.say()
+    spare = 0
+    while not all(writer.link.poll(0) for writer in writers):
+        # Who finds another inside drops its permit, so they must be given anew.
+        if semaphore.value < 2:
+            semaphore.release()
+            spare += 1
+    semaphore.close()
+    for writer in writers:
+        assert writer.hear() == "done"
+        writer.end()
+    assert spare > 10
+    assert cache["n"] == len(writers) * times
+    assert cache.stats().recoveries == 0
+    assert cache.check() == []
+
+
 def test_12_nobody_starves(make_cache: Callable[..., Cache]) -> None:
     """Of eight processes that hammer one shard each gets its turns, and none is made
     to wait a quarter of a second while the others take theirs.
