@@ -58,6 +58,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from xxhash import xxh3_64_intdigest
+
 MAGIC = int.from_bytes(b"shmcache", "little")
 FORMAT = 1
 
@@ -252,24 +254,9 @@ def unpack_ttl(word: int) -> int:
     return (word & TTL_VALUE) * _TTL_UNITS[word >> 30]
 
 
-CHECKSUM_MIX = 0x9E37_79B1  # odd, so that all lengths of 32 bits differ
-CHECKSUM_FOLD = 0x9E37_79B9_7F4A_7C15
-
-
 def checksum(value: bytes, key_hash: int, tag: int) -> int:
-    """32 bits that change when a value, its length, its tag or its key changes.
-
-    The sum of the value's 64-bit little-endian words (the last one padded with
-    zeros) modulo 2**64 - 1, as in the Internet checksum: one add a word in C, two
-    calls in Python.  Two exchanged words, and one of all zeros for one of all ones,
-    go unnoticed; other damage does by one chance in 2**32.  Folded by a
-    multiplication: of values that repeat themselves the halves of the sum are equal,
-    so their exclusive or would be 0 for all.
-    """
-    total = int.from_bytes(value, "little") % MASK64
-    total = (total * CHECKSUM_FOLD & MASK64) >> 32
-    mixed = total ^ key_hash ^ ((len(value) * CHECKSUM_MIX) & MASK32) ^ (tag << 28)
-    return mixed & MASK32
+    """32 bits that change when a value, its tag or its key changes: half of its XXH3."""
+    return xxh3_64_intdigest(value, tag << 32 | key_hash) & MASK32
 
 
 @dataclass(frozen=True)

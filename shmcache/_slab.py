@@ -65,7 +65,9 @@ if cython.compiled:
     from cython.cimports.cpython.exc import PyErr_CheckSignals
     from cython.cimports.cpython.unicode import PyUnicode_AsUTF8String
     from cython.cimports.shmcache._memory import (
+        CHECKSUMS,
         cas,
+        checksum,
         has_left,
         load,
         lowest_bit,
@@ -83,7 +85,6 @@ if cython.compiled:
         sem_value,
         sem_wait,
         store,
-        sum_words,
         write_fence,
         xxh3,
     )
@@ -163,8 +164,6 @@ _NEVER = cython.declare(cython.ulonglong, L.NEVER)
 _MASK32 = cython.declare(cython.ulonglong, L.MASK32)
 _MASK64 = cython.declare(cython.ulonglong, L.MASK64)
 _MAX_KEY = cython.declare(cython.Py_ssize_t, L.MAX_KEY)
-_MIX = cython.declare(cython.ulonglong, L.CHECKSUM_MIX)
-_FOLD = cython.declare(cython.ulonglong, L.CHECKSUM_FOLD)
 _STAMP_SHIFT = cython.declare(cython.uint, L.STAMP_SHIFT)
 _TTL_VALUE = cython.declare(cython.ulonglong, L.TTL_VALUE)
 _MAX_TTL_NS = cython.declare(cython.ulonglong, L.MAX_TTL_NS)
@@ -214,6 +213,9 @@ _UNKNOWN = cython.declare(cython.ulonglong, 1)
 
 _LONG = struct.Struct("<q")
 _DOUBLE = struct.Struct("<d")
+
+# What xxh3() of _memory.pxd takes.
+_XXH3_MAX = cython.declare(cython.Py_ssize_t, 128)
 
 # Numbers of words and bytes, and the words themselves.
 Index = cython.typedef(cython.Py_ssize_t)
@@ -542,12 +544,8 @@ class Slab:
         seed: Word = (self.seed + kind) & _MASK64
         if cython.compiled:
             n: Index = len(key)
-            if n <= 128:
-                return xxh3(
-                    cython.cast("const unsigned char *", PyBytes_AS_STRING(key)),
-                    n,
-                    seed,
-                )
+            if n <= _XXH3_MAX:
+                return xxh3(PyBytes_AS_STRING(key), n, seed)
         return xxh3_64_intdigest(key, seed)
 
     @cython.cfunc
@@ -741,13 +739,14 @@ class Slab:
         if cython.compiled:
             # twin of _layout.checksum
             n: Index = len(value)
-            total: Word = sum_words(
-                cython.cast("const unsigned char *", PyBytes_AS_STRING(value)), n
-            )
-            total = (total * _FOLD) >> 32
-            total ^= h ^ (cython.cast(Word, n) * _MIX)
-            total ^= cython.cast(Word, tag) << 28
-            return cython.cast(cython.uint, total & _MASK32)
+            seed: Word = cython.cast(Word, tag) << 32 | h & _MASK32
+            if n <= _XXH3_MAX:
+                return cython.cast(
+                    cython.uint, checksum(PyBytes_AS_STRING(value), n, seed) & _MASK32
+                )
+            if CHECKSUMS:
+                return xxh3_64_intdigest(value, seed) & _MASK32
+            return 0
         return L.checksum(value, h & _MASK32, tag)
 
     # --- lists ----------------------------------------------------------------------

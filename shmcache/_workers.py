@@ -178,8 +178,8 @@ class Attachment:
         self.token = 0
         self.row = 0
         self._leaver = 0
-        # What the interpreted engine and get_or_set must know of this process's other
-        # threads: who is inside which shard, who is about to be, who computes which key.
+        # What the interpreted engine and get_or_set must know of this process's threads:
+        # who is inside which shard, or about to be, and who computes which key.
         self.owners: dict[int, int] = {}
         self.recovering: dict[int, int] = {}
         self.flights: dict[int, Any] = {}
@@ -494,7 +494,7 @@ class Attachment:
 
     @contextmanager
     def recovery(self, shard: int) -> Iterator[None]:
-        """Alone among all threads of all processes, look who holds a shard and become it.
+        """Be alone, among all threads of all processes, in becoming a shard's holder.
 
         For engines without compare-and-swap.  ``recovering`` tells what to give back
         when an exception strikes where no ``finally`` is in force.
