@@ -255,7 +255,7 @@ def unpack_ttl(word: int) -> int:
 
 
 def checksum(value: bytes, key_hash: int, tag: int) -> int:
-    """32 bits that change when a value, its tag or its key changes: half of its XXH3."""
+    """32 bits that change when a value, its tag or its key does: half of its XXH3."""
     return xxh3_64_intdigest(value, tag << 32 | key_hash) & MASK32
 
 

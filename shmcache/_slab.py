@@ -1419,6 +1419,7 @@ class Slab:
             if self.w32[2 * (b + _S_WHEEL_HEADS) + i]:
                 self.w32[2 * (b + _S_WHEEL_HEADS) + i] = 0
         self.w64[b + _S_DUE] = _NEVER
+        self.w64[b + _S_TICK] = 0  # the first entry to enter sets it
         used: Index = 0
         entries: Word = 0
         for i in range(count):

@@ -178,8 +178,8 @@ class Attachment:
         self.token = 0
         self.row = 0
         self._leaver = 0
-        # What the interpreted engine and get_or_set must know of this process's threads:
-        # who is inside which shard, or about to be, and who computes which key.
+        # What the interpreted engine and get_or_set must know of our threads: who is
+        # inside which shard, or about to be, and who computes which key.
         self.owners: dict[int, int] = {}
         self.recovering: dict[int, int] = {}
         self.flights: dict[int, Any] = {}
