@@ -75,6 +75,10 @@ def latency(entries: int, rounds: int) -> None:
         for key in chosen:
             unpack(plain[key])
 
+    def lookup(chosen: Sequence[str]) -> None:
+        for key in chosen:
+            plain[key]
+
     def floor_set(chosen: Sequence[str]) -> None:
         for key in chosen:
             plain[key] = pack(VALUE)
@@ -95,6 +99,7 @@ def latency(entries: int, rounds: int) -> None:
         "incr": (each(numbers.incr), "floor: get", 0.5),
         "set, 100 raw bytes": (each(raws.set, raw), "floor: set", None),
         "in": (each(dicts.__contains__), "floor: get", None),
+        "a dict's lookup alone": (lookup, "floor: get", None),
     }
     times: dict[str, list[float]] = {name: [] for name in (*floors, *runs)}
     dice = random.Random(1)
@@ -264,11 +269,11 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=30 if compiled else 2)
     options = parser.parse_args()
+    footprint()  # first, while the CPU's caches are not full of other things
     latency(options.entries, options.rounds)
     if compiled:
         sweeping(min(options.rounds, 20))
     large_values(min(options.rounds, 20))
-    footprint()
 
 
 if __name__ == "__main__":

@@ -1215,6 +1215,8 @@ class Slab:
         self._put_word(b + _S_REDO_SLOT, slot)
         self._finish_rewrite(b, slot, data)
         self._note(s, b, slot, version)
+        if cython.compiled:
+            self._fetch_neighbours(b, slot)  # for our next write, which applies the note
         self._count(b + _S_GONE + _REPLACED, 1)
         self._count(b + _S_SETS, 1)
         return 0
