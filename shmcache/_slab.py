@@ -1216,7 +1216,7 @@ class Slab:
         self._finish_rewrite(b, slot, data)
         self._note(s, b, slot, version)
         if cython.compiled:
-            self._fetch_neighbours(b, slot)  # for our next write, which applies the note
+            self._fetch_neighbours(b, slot)  # our next write applies the note
         self._count(b + _S_GONE + _REPLACED, 1)
         self._count(b + _S_SETS, 1)
         return 0
