@@ -39,7 +39,7 @@ except ImportError:
 from msgpack import ExtType, Packer, unpackb
 from xxhash import xxh3_64_hexdigest
 
-from shmcache._layout import CODEC_SIZE, MAX_KEY, Kind, Tag
+from shmcache._layout import CODEC_SIZE, HANDLE_PREFIX, HANDLES, MAX_KEY, Kind, Tag
 from shmcache.errors import (
     EntryTooLarge,
     SegmentCorrupt,
@@ -719,6 +719,31 @@ def pickle_codec() -> Codec:
     return FunctionCodec("pickle", partial(dumps, protocol=5), loads, simple=True)
 
 
+_OWNER = struct.Struct("=QQB")  # token and number, as the engine reads them; a tag
+
+
+@cython.cclass
+class HandleCodec(Codec):
+    """For entries that stand for handles: owner, number, and a value for all."""
+
+    _values: MsgpackCodec
+
+    def __init__(self) -> None:
+        self.name = HANDLES
+        self._values = MsgpackCodec()
+
+    def encode(self, value: Any) -> tuple[int, bytes]:
+        token, number, shown = value
+        tag, data = self._values.encode(shown)
+        return _CODEC, _OWNER.pack(token, number, tag) + data
+
+    def decode(self, data: bytes) -> Any:
+        if len(data) <= HANDLE_PREFIX:
+            raise _corrupt(HANDLES, data, "no owner")
+        token, number, tag = _OWNER.unpack_from(data)
+        return token, number, decode_tagged(self._values, tag, data[_OWNER.size :])
+
+
 _BY_NAME: dict[str, Any] = {
     "msgpack": MsgpackCodec,
     "msgspec": MsgspecCodec,
@@ -734,6 +759,8 @@ def make_codec(codec: Any) -> Codec:
     if isinstance(codec, str) and codec in _BY_NAME:
         made: Codec = _BY_NAME[codec]()
         return made
+    if codec == HANDLES:
+        return HandleCodec()  # of HandleMap, not offered to users
     dumps, loads = getattr(codec, "dumps", None), getattr(codec, "loads", None)
     if not callable(dumps) or not callable(loads):
         raise ValueError(  # noqa: TRY004
@@ -750,7 +777,7 @@ def make_codec(codec: Any) -> Codec:
             f"the codec's name is {name!r}; it must be a str of 1 to {CODEC_SIZE - 1}"
             " bytes of UTF-8"
         )
-    if name.partition(":")[0] in _BY_NAME:
+    if name.partition(":")[0] in (*_BY_NAME, HANDLES):
         raise ValueError(
             f"the codec's name is {name!r}, which means a codec of this package;"
             f" use codec={name!r}, or give yours another name"

@@ -6,12 +6,12 @@ refused.  The file is page-aligned pieces, each a whole number of 64-byte lines:
 
     byte 0        header          magic, format, geometry, settings, names
     byte 512      fold banks      counters of workers that have gone, two copies
-    byte 4096     worker rows     ROWS x 128 bytes, one for each attached process
+    byte 4096     worker rows     ROWS x 256 bytes, one for each attached process
     shard_0       shard 0         stride bytes, page-aligned
     shard_0 + stride  shard 1     ...
 
-    shard:  +0       shard words  lock line, counts, counters, wheel, claims
-            +8192    buckets      u32[slots]          head of a hash chain, 0 = empty
+    shard:  +0       shard words  lock line, counts, counters, wheel, claims, notices
+            +16384   buckets      u32[slots]          head of a hash chain, 0 = empty
             +...     records      64 B x (slots + 1)  one entry's bookkeeping
             +...     links        u32[blocks + 1]     next block of a chain, 0 = end
             +...     arena        block_size x (blocks + 1)
@@ -90,6 +90,7 @@ H_FOLD = 19  # which fold bank counts: 0 or 1
 H_LEASE = 20  # inode of the lease file
 H_RECOVERED = 21  # entries found, and given up, when a persistent segment was last
 H_LOST = 22  # taken into use again
+H_FREED = 23  # rows freed so far: tells who looks that a worker has gone
 
 FLAG_PERSIST = 1
 FLAG_SLIDING = 2
@@ -100,12 +101,12 @@ NAME_AT, NAME_SIZE = 320, 192
 # Two banks of counters of workers that have gone, and in the last word of a bank
 # the token of the worker folded into it last: see _workers.fold.
 FOLD_AT = 512 // 8
-FOLD_WORDS = 16
+FOLD_WORDS = 32
 FOLD_TOKEN = FOLD_WORDS - 1
 
 # --- worker rows: 64-bit words --------------------------------------------------
 ROWS_AT = PAGE
-ROW_SIZE = 128
+ROW_SIZE = 256
 ROW_WORDS = ROW_SIZE // 8
 ROWS = 1024  # 500 workers, as many again while a server restarts them
 R_TOKEN = 0  # incarnation << 16 | row + 1; 0 = free row
@@ -115,6 +116,11 @@ R_HITS = 3  # first of the counters: words R_HITS to the end are folded
 R_MISSES = 4
 R_SWEEPS = 5
 R_SWEEP_NS = 6
+R_SWEEP_BUCKETS = 7  # sweeps of up to each of SWEEP_BOUNDS
+R_CALLBACKS = 13
+R_CALLBACK_FAILURES = 14
+R_OPENED = 15  # handles registered
+R_CLOSED = 16  # handles that have gone and whose callback, if any, has ended
 R_COUNTERS = R_HITS
 
 # --- shard words: 64-bit words from the shard's start ---------------------------
@@ -149,7 +155,10 @@ S_LOCK_WAIT_NS = 40
 S_LOCK_TIMEOUTS = 41
 S_RECOVERIES = 42  # takeovers from a dead holder
 S_DROPPED = 43  # entries given up in repairs
-S_COUNTERS, S_COUNTERS_END = S_HITS, 44
+S_LOCK_BUCKETS = 44  # waits of up to each of LOCK_BOUNDS
+S_AGE_BUCKETS = 50  # entries evicted at an age of up to each of AGE_BOUNDS
+S_AGES = 58  # the sum of their ages, in stamps
+S_COUNTERS, S_COUNTERS_END = S_HITS, 59
 
 # The timer wheel: WHEEL_LEVELS words of occupancy bits, then the heads (u32).
 S_WHEEL_BITS = 64
@@ -163,7 +172,19 @@ WHEEL_FIRST = 0x8000_0000
 S_CLAIMS = 320
 CLAIMS = 256
 
-SHARD_HEADER = 8192
+# Notices to the owners of handles: a ring of (token, number, cause, 0), see handles.py.
+S_NOTICE_HEAD = 832  # how many were written ever
+S_NOTICES = 1024
+NOTICES = 256
+NOTICE_WORDS = 4
+
+SHARD_HEADER = 16384
+
+# Upper bounds of the histograms' buckets in seconds; what is over the last one is only
+# in the total.  A value is counted in one bucket, not in all above it.
+SWEEP_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 1.0)
+LOCK_BOUNDS = (0.000_01, 0.000_1, 0.001, 0.01, 0.1, 1.0)
+AGE_BOUNDS = (1.0, 10.0, 60.0, 600.0, 3600.0, 21_600.0, 86_400.0, 604_800.0)
 
 # --- records: 32-bit words ------------------------------------------------------
 RECORD = 64
@@ -193,6 +214,12 @@ STAMP_SHIFT = 26  # a stamp counts 2**26 ns, 67 ms: 32 bits last for nine years
 
 MASK32 = 0xFFFF_FFFF
 MASK64 = 0xFFFF_FFFF_FFFF_FFFF
+
+
+# The codec of a segment that holds handles.  Its values begin with the owner's token
+# and the handle's number, 8 bytes each.
+HANDLES = "shmcache.handles"
+HANDLE_PREFIX = 16
 
 
 class Kind(IntEnum):

@@ -126,6 +126,14 @@ _S_LOCK_WAIT_NS = cython.declare(cython.Py_ssize_t, L.S_LOCK_WAIT_NS)
 _S_LOCK_TIMEOUTS = cython.declare(cython.Py_ssize_t, L.S_LOCK_TIMEOUTS)
 _S_RECOVERIES = cython.declare(cython.Py_ssize_t, L.S_RECOVERIES)
 _S_DROPPED = cython.declare(cython.Py_ssize_t, L.S_DROPPED)
+_S_LOCK_BUCKETS = cython.declare(cython.Py_ssize_t, L.S_LOCK_BUCKETS)
+_S_AGE_BUCKETS = cython.declare(cython.Py_ssize_t, L.S_AGE_BUCKETS)
+_S_AGES = cython.declare(cython.Py_ssize_t, L.S_AGES)
+_S_NOTICE_HEAD = cython.declare(cython.Py_ssize_t, L.S_NOTICE_HEAD)
+_S_NOTICES = cython.declare(cython.Py_ssize_t, L.S_NOTICES)
+_NOTICES = cython.declare(cython.ulonglong, L.NOTICES)
+_NOTICE_WORDS = cython.declare(cython.Py_ssize_t, L.NOTICE_WORDS)
+_HANDLE_PREFIX = cython.declare(cython.Py_ssize_t, L.HANDLE_PREFIX)
 _S_WHEEL_BITS = cython.declare(cython.Py_ssize_t, L.S_WHEEL_BITS)
 _S_WHEEL_HEADS = cython.declare(cython.Py_ssize_t, L.S_WHEEL_HEADS)
 _S_COUNTERS = cython.declare(cython.Py_ssize_t, L.S_COUNTERS)
@@ -186,10 +194,11 @@ _ADD = cython.declare(cython.int, 1)
 _REPLACE = cython.declare(cython.int, 2)
 _CAS = cython.declare(cython.int, 3)
 
-# How _lookup leaves its mark on an entry found.
+# How _lookup leaves its mark on an entry found; the odd ones do.
 _QUIET = cython.declare(cython.int, 0)
 _USE = cython.declare(cython.int, 1)
 _PROBE = cython.declare(cython.int, 2)  # as _QUIET, and the value is not wanted
+_RENEW = cython.declare(cython.int, 3)  # as _USE, and the value is not wanted
 
 # Hits of one process that wait to be applied to a shard's LRU ring.  64 is far
 # less than any shard holds that has more than one user, and 64 moves with the
@@ -417,6 +426,9 @@ class Slab:
     opened: object  # the semaphores, for close_semaphores
     pysems: object
     raw_only: cython.bint
+    notify: cython.bint  # entries stand for handles, whose owners must be told
+    lock_bounds: cython.ulonglong[::1]  # ns
+    age_bounds: cython.ulonglong[::1]  # stamps
 
     def _bind(
         self,
@@ -454,6 +466,13 @@ class Slab:
         self.decode = codec.decode
         self.fast_tags = codec.name in {"msgpack", "pickle"}
         self.raw_only = codec.name == "raw"
+        self.notify = codec.name == L.HANDLES
+        self.lock_bounds = memoryview(
+            array("Q", [round(bound * 1e9) for bound in L.LOCK_BOUNDS])
+        )
+        self.age_bounds = memoryview(
+            array("Q", [round(bound * 1e9) >> L.STAMP_SHIFT for bound in L.AGE_BOUNDS])
+        )
         self.clock = clock
         self.sliding = settings.sliding
         self.default_ttl = settings.ttl_ns
@@ -1026,7 +1045,7 @@ class Slab:
                 after = self.w32[2 * self._record(b, slot) + _F_WHEEL_NEXT]
                 expires = self.w64[self._record(b, slot) + 1]
                 if expires <= now:
-                    self._retire(b, slot, _EXPIRED)
+                    self._retire(b, slot, _EXPIRED, now)
                     removed += 1
                     limit -= 1
                 elif expires > _MAX_EXPIRES:
@@ -1075,7 +1094,7 @@ class Slab:
         return 0
 
     @cython.cfunc
-    def _retire(self, b: Index, slot: Index, cause: Index) -> cython.int:
+    def _retire(self, b: Index, slot: Index, cause: Index, now: Word) -> cython.int:
         # Take an entry out: its version first, then all that refers to it.
         v: Index = self._record(b, slot)
         r: Index = 2 * v
@@ -1089,13 +1108,45 @@ class Slab:
         need: Index = self._need(meta & _MAX_KEY, self.w32[r + _F_VALUE_LEN])
         if need > self.blocks or self.w64[b + _S_ENTRIES] == 0:
             raise Corrupt("length")
+        if self.notify:
+            self._post_notice(b, r, cause)
         self._give_blocks(b, self.w32[r + _F_BLOCK], need)
         self.w32[r + _F_CHAIN] = cython.cast(cython.uint, self.w64[b + _S_FREE_SLOT])
         self.w64[b + _S_FREE_SLOT] = slot
         self.w64[b + _S_ENTRIES] -= 1
         self.w64[b + _S_GONE + cause] += 1
-        if cause <= _CAPACITY and not meta & _META_FETCHED:
-            self.w64[b + _S_UNREAD] += 1
+        if cause <= _CAPACITY:
+            self._count_age(b, (self._stamp(now) - self.w32[r + _F_STAMP]) & _MASK32)
+            if not meta & _META_FETCHED:
+                self.w64[b + _S_UNREAD] += 1
+        return 0
+
+    @cython.cfunc
+    def _count_age(self, b: Index, age: Word) -> cython.int:
+        i: Index
+        self._count(b + _S_AGES, age)
+        for i in range(self.age_bounds.shape[0]):
+            if age <= self.age_bounds[i]:
+                self._count(b + _S_AGE_BUCKETS + i, 1)
+                break
+        return 0
+
+    @cython.cfunc
+    def _post_notice(self, b: Index, r: Index, cause: Index) -> cython.int:
+        # Tell the owner of a handle, whose record this is, that it has gone.  The head
+        # is stored last: who reads up to it finds whole notices.
+        key_len: Index = self.w32[r + _F_META] & _MAX_KEY
+        block: Index = self.w32[r + _F_BLOCK]
+        head: Word = self.w64[b + _S_NOTICE_HEAD]
+        at: Index = (
+            b + _S_NOTICES + _NOTICE_WORDS * cython.cast(Index, head & (_NOTICES - 1))
+        )
+        if self.w32[r + _F_VALUE_LEN] < _HANDLE_PREFIX:
+            raise Corrupt("handle")
+        self.w64[at] = _word_of(self._copy_out(b, block, key_len, 8))
+        self.w64[at + 1] = _word_of(self._copy_out(b, block, key_len + 8, 8))
+        self.w64[at + 2] = cause
+        self._put_word(b + _S_NOTICE_HEAD, (head + 1) & _MASK64)
         return 0
 
     @cython.cfunc
@@ -1119,7 +1170,7 @@ class Slab:
             slot = self.w32[2 * self._record(b, slot) + _F_LRU_PREV]
         if slot == 0:
             return False
-        self._retire(b, slot, _CAPACITY)
+        self._retire(b, slot, _CAPACITY, now)
         return True
 
     @cython.cfunc
@@ -1152,7 +1203,7 @@ class Slab:
         while self._blocks_left(b) < need:
             if old and need + self._blocks_of(b, old) > self.blocks:
                 # Old and new can never both fit: for an instant there is neither.
-                self._retire(b, old, _REPLACED)
+                self._retire(b, old, _REPLACED, now)
                 old = 0
             elif not self._evict(b, now, old):
                 raise Corrupt("blocks")
@@ -1184,7 +1235,7 @@ class Slab:
         if expires != _NEVER:
             self._wheel_insert(b, slot, expires, now)
         if old:
-            self._retire(b, old, _REPLACED)
+            self._retire(b, old, _REPLACED, now)
         # Last, as len() looks without the lock and shall never see one too many.
         self.w64[b + _S_ENTRIES] += 1
         self.w64[b + _S_SETS] += 1
@@ -1484,6 +1535,10 @@ class Slab:
                     cython.uint, self.w64[b + _S_FREE_BLOCK]
                 )
                 self.w64[b + _S_FREE_BLOCK] = i
+        if self.notify:
+            # Which notices are missing nobody knows: as if more had come than there is
+            # room for, so that every owner compares what it has with what is here.
+            self._count(b + _S_NOTICE_HEAD, _NOTICES + 1)
         self._count(b + _S_DROPPED, dropped)
         return dropped
 
@@ -1658,8 +1713,14 @@ class Slab:
 
     @cython.cfunc
     def _waited(self, b: Index, started: Word) -> cython.int:
+        i: Index
+        waited: Word = monotonic_ns() - started
         self._count(b + _S_LOCK_WAITS, 1)
-        self._count(b + _S_LOCK_WAIT_NS, monotonic_ns() - started)
+        self._count(b + _S_LOCK_WAIT_NS, waited)
+        for i in range(self.lock_bounds.shape[0]):
+            if waited <= self.lock_bounds[i]:
+                self._count(b + _S_LOCK_BUCKETS + i, 1)
+                break
         return 0
 
     @cython.cfunc
@@ -1892,7 +1953,7 @@ class Slab:
                         and epoch == self._get_word(b + _S_EPOCH)
                         and slot == 0
                     ):
-                        if how == _USE:
+                        if how & 1:
                             self.w64[self.row + _R_MISSES] += 1
                         return MISSING
                     if cython.compiled:
@@ -1906,6 +1967,12 @@ class Slab:
                 if how == _PROBE:
                     if expires != _NEVER and expires <= self._now():
                         return MISSING if stuck else _UNSURE
+                    return True
+                if how == _RENEW:
+                    if expires != _NEVER and not self._still_good(v, expires, how):
+                        return MISSING if stuck else _UNSURE
+                    self.w64[self.row + _R_HITS] += 1
+                    self._note(s, b, slot, version)
                     return True
                 # Only now is the length known to be that of the entry.
                 if self._need(len(kb), value_len) > self.blocks:
@@ -1941,7 +2008,7 @@ class Slab:
         if expires <= now:
             return False
         cython.declare(ttl=cython.uint, later=Word)
-        if self.sliding and how == _USE:
+        if self.sliding and how & 1:
             ttl = self.w32[2 * v + _F_TTL]
             later = now + _unpack_ttl(ttl)
             if ttl and later > expires:
@@ -1973,17 +2040,17 @@ class Slab:
                 v: Index = self._record(bb, slot)
                 tag = (self.w32[2 * v + _F_META] >> _META_TAG_SHIFT) & 15
                 if self.w64[v + 1] <= now:
-                    self._retire(bb, slot, _EXPIRED)
+                    self._retire(bb, slot, _EXPIRED, now)
                     slot = 0
             if slot:
-                if how != _PROBE:
+                if how < _PROBE:
                     data = self._value(bb, slot, h)
-                if how == _USE:
+                if how & 1:
                     self.w64[bb + _S_HITS] += 1
                     self._use(bb, slot)
                     if self.sliding and self.w64[v + 1] != _NEVER:
                         self._still_good(v, self.w64[v + 1], how)
-            elif how == _USE:
+            elif how & 1:
                 self.w64[bb + _S_MISSES] += 1
         except BaseException as error:
             self._abort(s, bb, error)
@@ -1991,7 +2058,7 @@ class Slab:
         self._end(s, bb)
         if slot == 0:
             return MISSING
-        if how == _PROBE:
+        if how >= _PROBE:
             return True
         return decode_tagged(self.codec, tag, data)
 
@@ -2201,7 +2268,7 @@ class Slab:
                 self._reclaim(b, now, _RIDE, False)
             slot = self._find(b, h & _MASK32, kind, kb)
             if slot and self.w64[self._record(b, slot) + 1] <= now:
-                self._retire(b, slot, _EXPIRED)
+                self._retire(b, slot, _EXPIRED, now)
                 slot = 0
             if (
                 mode == _ANY
@@ -2267,7 +2334,7 @@ class Slab:
         try:
             slot: Index = self._find(b, h & _MASK32, kind, kb)
             if slot and self.w64[self._record(b, slot) + 1] <= now:
-                self._retire(b, slot, _EXPIRED)
+                self._retire(b, slot, _EXPIRED, now)
                 slot = 0
             if slot:
                 if want:
@@ -2275,7 +2342,7 @@ class Slab:
                     tag = (
                         self.w32[2 * self._record(b, slot) + _F_META] >> _META_TAG_SHIFT
                     ) & 15
-                self._retire(b, slot, _DELETED)
+                self._retire(b, slot, _DELETED, now)
         except BaseException as error:
             self._abort(s, b, error)
             raise
@@ -2370,7 +2437,7 @@ class Slab:
         try:
             slot: Index = self._find(b, h & _MASK32, kind, kb)
             if slot and self.w64[self._record(b, slot) + 1] <= now:
-                self._retire(b, slot, _EXPIRED)
+                self._retire(b, slot, _EXPIRED, now)
                 slot = 0
             if slot:
                 v = self._record(b, slot)
@@ -2455,7 +2522,7 @@ class Slab:
         try:
             slot: Index = self._find(b, h & _MASK32, kind, kb)
             if slot and self.w64[self._record(b, slot) + 1] <= now:
-                self._retire(b, slot, _EXPIRED)
+                self._retire(b, slot, _EXPIRED, now)
                 slot = 0
             if slot:
                 v = self._record(b, slot)
@@ -2549,7 +2616,7 @@ class Slab:
         try:
             slot: Index = self._find(b, h & _MASK32, kind, kb)
             if slot and self.w64[self._record(b, slot) + 1] <= now:
-                self._retire(b, slot, _EXPIRED)
+                self._retire(b, slot, _EXPIRED, now)
                 slot = 0
             if slot:
                 v = self._record(b, slot)
@@ -2685,14 +2752,14 @@ class Slab:
     def _scan(self, s: int, bucket: int, limit: int, values: bool) -> Any:
         """Up to about ``limit`` live entries of a shard from a bucket on.
 
-        Returns the next bucket, or -1 at the end, and a flat list of slot, meta, key
-        bytes and value bytes.  Buckets are the stable order: an entry that is
-        overwritten moves to another slot, never to another bucket.
+        Returns the next bucket, or -1 at the end, and a flat list of meta, key bytes,
+        value bytes, expiry (ns) and stamp of each.  Buckets are the stable order: an
+        entry that is overwritten moves to another slot, never to another bucket.
         """
         now: Word = self._now()
         b: Index = self._base(s)
         bb: Index = bucket
-        out = [None] * (4 * (limit + 64))
+        out = [None] * (5 * (limit + 64))
         room: Index = limit
         n: Index = 0
         seen: Index = 0
@@ -2710,13 +2777,14 @@ class Slab:
                         meta = self.w32[2 * v + _F_META]
                         if n >= room + 64:
                             raise Corrupt("chain")
-                        out[4 * n] = slot
-                        out[4 * n + 1] = meta
-                        out[4 * n + 2] = self._key(b, v)
+                        out[5 * n] = meta
+                        out[5 * n + 1] = self._key(b, v)
                         if values:
-                            out[4 * n + 3] = self._value(
+                            out[5 * n + 2] = self._value(
                                 b, slot, self.w32[2 * v + _F_HASH]
                             )
+                        out[5 * n + 3] = self.w64[v + 1]
+                        out[5 * n + 4] = self.w32[2 * v + _F_STAMP]
                         n += 1
                     slot = self.w32[2 * v + _F_CHAIN]
                     steps += 1
@@ -2726,7 +2794,7 @@ class Slab:
             self._abort(s, b, error)
             raise
         self._end(s, b)
-        del out[4 * n :]
+        del out[5 * n :]
         return (bb if bb < self.slots else -1), out
 
     def _clear_step(
@@ -2769,9 +2837,9 @@ class Slab:
                         )
                     ):
                         if self.w64[v + 1] <= now:
-                            self._retire(b, slot, _EXPIRED)
+                            self._retire(b, slot, _EXPIRED, now)
                         else:
-                            self._retire(b, slot, _CLEARED)
+                            self._retire(b, slot, _CLEARED, now)
                             n += 1
                     slot = after
                     steps += 1
@@ -2803,12 +2871,12 @@ class Slab:
                     break
                 v = self._record(b, slot)
                 if self.w64[v + 1] <= now:
-                    self._retire(b, slot, _EXPIRED)
+                    self._retire(b, slot, _EXPIRED, now)
                     continue
                 meta = self.w32[2 * v + _F_META]
                 key = self._key(b, v)
                 data = self._value(b, slot, self.w32[2 * v + _F_HASH])
-                self._retire(b, slot, _DELETED)
+                self._retire(b, slot, _DELETED, now)
                 break
         except BaseException as error:
             self._abort(s, b, error)
@@ -2852,6 +2920,67 @@ class Slab:
         if self.has_news:
             self._tell()
         return data
+
+    # Handles: what handles.py needs of the lock.
+
+    def _renew(self, key: Any) -> bool:
+        """As ``get``, when only whether the entry is there is of interest."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        return self._lookup(key, _RENEW) is not MISSING
+
+    def _discard(self, key: Any, owner: int, number: int, cause: int) -> bool:
+        """Remove a handle's entry if it is this owner's, with this number (0: any)."""
+        if self.guard[0] != self.token:
+            self._enter_process()
+        kb: bytes = _key_bytes(key)
+        kind: cython.uint = _key_kind(key)
+        h: Word = self._hash(kb, kind)
+        s: Index = self._shard(h)
+        b: Index = self._base(s)
+        now: Word = self._now()
+        data: bytes
+        mine: cython.bint = False
+        self._begin(s, b)
+        try:
+            slot: Index = self._find(b, h & _MASK32, kind, kb)
+            if slot:
+                data = self._value(b, slot, h)
+                if len(data) < _HANDLE_PREFIX:
+                    raise Corrupt("handle")
+                mine = _word_of(data[:8]) == owner and (
+                    number == 0 or _word_of(data[8:16]) == number
+                )
+                if mine:
+                    self._retire(b, slot, cause, now)
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        return mine
+
+    def _notices(self, s: int, since: int) -> Any:
+        """The notices of a shard from a number on, without the lock.
+
+        Returns the number of the next one, and a flat list of owner, number and cause;
+        None for the list if some of them have been written over, or may have been.
+        """
+        b: Index = self._base(s)
+        first: Word = since
+        head: Word = self._get_word(b + _S_NOTICE_HEAD)
+        n: Word = first
+        at: Index
+        out: list = []
+        if head - first >= _NOTICES or head < first:
+            return head, None
+        while n < head:
+            at = b + _S_NOTICES + _NOTICE_WORDS * cython.cast(Index, n & (_NOTICES - 1))
+            out += (self.w64[at], self.w64[at + 1], self.w64[at + 2])
+            n += 1
+        self._read_fence()
+        if self._get_word(b + _S_NOTICE_HEAD) - first >= _NOTICES:
+            return head, None
+        return head, out
 
     # Claims of get_or_set: a small open table of (hash, token) under the lock.
 
@@ -3045,5 +3174,6 @@ if not cython.compiled:
         *("incr", "decr", "delete", "__delitem__", "pop", "delete_many"),
         *("_flush_touches", "_step", "_scan", "_clear_step", "_pop_oldest"),
         *("_repair", "_snapshot", "_claim", "_unclaim_key", "_disclaim"),
+        *("_renew", "_discard"),
     ):
         setattr(Slab, _name, _guarded(getattr(Slab, _name)))

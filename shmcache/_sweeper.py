@@ -1,7 +1,8 @@
 """The local sweep: one daemon thread in each process that uses caches.
 
 It removes what has expired, in short holds of one lock, applies this process's
-noted hits, and frees the rows of dead workers.  It starts with the first operation
+noted hits, frees the rows of dead workers, and looks for notices to the owners of
+handles.  It starts with the first operation
 in a process, never at import or construction, so that a server may load its
 application and fork before there is a thread.  Around ``os.fork`` it is stopped and
 started again: a child must not be born while it holds something.
@@ -19,44 +20,58 @@ import sys
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from shmcache._uwsgi import threads_run
 from shmcache.errors import CacheClosed, LockTimeout
-
-if TYPE_CHECKING:
-    from shmcache.cache import Cache
 
 log = logging.getLogger("shmcache")
 
 # A run takes at most this long before it lets others have their turn.
 STEP_BUDGET = 0.05
+# After a failure, seconds until the next try.
+RETRY = 1.0
+
+
+class Tended(Protocol):
+    """What the sweeper looks after."""
+
+    name: str
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is to be looked after no more."""
+
+    def _tend(self, budget: float) -> float:
+        """Do what is due, for about so many seconds; in how many to come again."""
 
 
 class Sweeper:
-    """The thread of one process, and the caches it looks after."""
+    """The thread of one process, and the caches and maps it looks after."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self._due: weakref.WeakKeyDictionary[Cache, float] = weakref.WeakKeyDictionary()
+        self._due: weakref.WeakKeyDictionary[Tended, float] = (
+            weakref.WeakKeyDictionary()
+        )
         self._wake = threading.Event()
         self._lock = threading.RLock()  # signal handlers may use caches, too
         self._thread: threading.Thread | None = None
         self._stop = False
 
-    def watch(self, cache: Cache) -> None:
-        """Sweep a cache from now on, as often as its cleanup_interval says."""
+    def watch(self, tended: Tended, delay: float) -> None:
+        """Look after something, for the first time in so many seconds."""
         if not threads_run():
             return
         with self._lock:
-            self._due[cache] = time.monotonic() + cache.cleanup_interval
+            self._due[tended] = time.monotonic() + delay
             self._start()
         self._wake.set()
 
-    def forget(self, cache: Cache) -> None:
-        """Sweep a cache no more; with the last one the thread ends."""
+    def forget(self, tended: Tended) -> None:
+        """Look after something no more; with the last one the thread ends."""
         with self._lock:
-            self._due.pop(cache, None)
+            self._due.pop(tended, None)
         self._wake.set()
 
     def _start(self) -> None:
@@ -103,33 +118,32 @@ class Sweeper:
                     self._thread = None
                     return
             now = time.monotonic()
-            for cache, due in work:
+            for tended, due in work:
                 if due <= now and not self._stop:
-                    self._sweep(cache)
-            delays = [due for _, due in work]
-            work = cache = None  # type: ignore[assignment] # keep no cache alive
-            self._wake.wait(max(0.01, min(delays) - time.monotonic()))
+                    self._tend(tended, due)
+            work = tended = None  # type: ignore[assignment] # keep none of them alive
+            with self._lock:
+                next_due = min(self._due.values(), default=now)
+            self._wake.wait(max(0.005, next_due - time.monotonic()))
 
-    def _sweep(self, cache: Cache) -> None:
-        again = time.monotonic() + cache.cleanup_interval
+    def _tend(self, tended: Tended, due: float) -> None:
+        delay = RETRY
         try:
-            if not cache.closed:
-                cache._tend(STEP_BUDGET)
-                if cache._behind():
-                    again = time.monotonic() + 0.01
+            if not tended.closed:
+                delay = tended._tend(STEP_BUDGET)
         except CacheClosed:
             pass
         except LockTimeout as error:
-            log.warning("sweep of cache %s put off: %s", cache.name, error)
-        except Exception:  # other caches need the thread
-            if not cache.closed:
-                log.exception("sweep of cache %s failed", cache.name)
+            log.warning("sweep of cache %s put off: %s", tended.name, error)
+        except Exception:  # others need the thread
+            if not tended.closed:
+                log.exception("sweep of cache %s failed", tended.name)
         with self._lock:
-            if cache in self._due:
-                if cache.closed:
-                    del self._due[cache]
+            if self._due.get(tended) == due:  # else it was asked for meanwhile
+                if tended.closed:
+                    del self._due[tended]
                 else:
-                    self._due[cache] = again
+                    self._due[tended] = time.monotonic() + delay
 
 
 def _wait_for_end(thread: threading.Thread) -> None:

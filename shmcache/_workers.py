@@ -582,7 +582,13 @@ class Attachment:
             words[L.H_FOLD] = 1 - counting
         for i in range(L.R_COUNTERS, L.ROW_WORDS):
             words[at + i] = 0
+        words[L.H_FREED] = (words[L.H_FREED] + 1) & L.MASK64
         words[at + L.R_TOKEN] = 0
+
+    def count(self, word: int, n: int = 1) -> None:
+        """Add to a counter of this worker's row."""
+        at = self.row + word
+        self.words[at] = (self.words[at] + n) & L.MASK64
 
     def counters(self) -> list[int]:
         """The sums of all workers' counters, of the living and of the gone."""
@@ -649,8 +655,17 @@ def _leave_child() -> None:
         leave_all()
 
 
+# What must be done at the end of a process while its segments are still there.
+before_leaving: list[Callable[[], None]] = []
+
+
 def leave_all() -> None:
     """Leave all segments, at the end of the process."""
+    for prepare in before_leaving:
+        try:
+            prepare()
+        except Exception:
+            log.exception("at the end of the process")
     with mutex():
         for attachment in list(_attachments.values()):
             if attachment.entered():

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+from bisect import bisect_left
 from collections.abc import (
     Callable,
     ItemsView,
@@ -89,7 +90,8 @@ def parse_size(size: Any, what: str = "max_bytes") -> int:
     return number
 
 
-def _count(value: Any, what: str, low: int, high: int, hint: str) -> int:
+def check_count(value: Any, what: str, low: int, high: int, hint: str) -> int:
+    """An int within bounds, or TypeError or ValueError with the hint."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{what} must be an int, not {value!r}; {hint}")
     if not low <= value <= high:
@@ -129,7 +131,7 @@ def _plan(
     codec: str,
 ) -> Settings:
     """The settings that a constructor's arguments ask for, checked."""
-    _count(max_entries, "max_entries", 0, L.MAX_INDEX, "0 bounds by bytes alone")
+    check_count(max_entries, "max_entries", 0, L.MAX_INDEX, "0 bounds by bytes alone")
     if max_bytes is None:
         if max_entries == 0:
             raise ValueError(
@@ -153,7 +155,7 @@ def _plan(
         shards = L.default_shards(max_entries, size)
     else:
         hint = "leave it out to have it follow from max_entries"
-        _count(shards, "shards", 1, L.MAX_SHARDS, hint)
+        check_count(shards, "shards", 1, L.MAX_SHARDS, hint)
         if max_entries and shards > max_entries:
             raise ValueError(
                 f"shards={shards} cannot share {max_entries} entries; {hint}"
@@ -212,6 +214,15 @@ class Stats:
     recoveries: int  # shards taken over from the dead, or repaired
     dropped: int  # entries that a repair had to give up
     recovered: int  # entries there when a persistent cache was last taken up again
+    handles_opened: int  # of a HandleMap, as are the next three; else 0
+    handles_closed: int  # gone, with their callbacks done; the dead close none
+    callbacks: int
+    callback_failures: int
+    # Histograms: how many in each bucket of _layout's *_BOUNDS, and over the last one.
+    sweep_buckets: tuple[int, ...] = field(repr=False)
+    lock_wait_buckets: tuple[int, ...] = field(repr=False)
+    eviction_age_buckets: tuple[int, ...] = field(repr=False)
+    eviction_age_seconds: float  # the sum of the ages of all that were evicted
     shards: int
     workers: int
     age: float
@@ -446,7 +457,7 @@ class Cache(Slab):
                     self._attach(self._settings)
                     leave()
             self._adopt()
-        sweeper().watch(self)
+        sweeper().watch(self, self.cleanup_interval)
 
     def close(self) -> None:
         """Leave the cache in this process.
@@ -755,22 +766,22 @@ class Cache(Slab):
                 removed += count
                 if budget is not None and time.monotonic() - started > budget:
                     break
-        elapsed = round((time.monotonic() - started) * 1e9)
-        words, row = self._attachment.words, self._attachment.row
-        for word, more in ((row + L.R_SWEEPS, 1), (row + L.R_SWEEP_NS, elapsed)):
-            words[word] = (words[word] + more) & L.MASK64
+        elapsed = time.monotonic() - started
+        self._attachment.count(L.R_SWEEPS)
+        self._attachment.count(L.R_SWEEP_NS, round(elapsed * 1e9))
+        bucket = bisect_left(L.SWEEP_BOUNDS, elapsed)
+        if bucket < len(L.SWEEP_BOUNDS):
+            self._attachment.count(L.R_SWEEP_BUCKETS + bucket)
         return removed
 
-    def _tend(self, budget: float) -> None:
+    def _tend(self, budget: float) -> float:
         # What the sweeper does: expired entries, our noted hits, dead workers' rows.
         self._require_open()
         self._flush_touches()
         self.sweep(budget)
         self._attachment.reap()
-
-    def _behind(self) -> bool:
-        # Whether a sweep ran out of its budget.
-        return any(self._due(shard) for shard in range(self._settings.shards))
+        behind = any(self._due(shard) for shard in range(self._settings.shards))
+        return 0.01 if behind else self.cleanup_interval
 
     # --- as a mapping ---------------------------------------------------------------
 
@@ -799,21 +810,24 @@ class Cache(Slab):
         Iteration is no use of the entries.  It takes each lock for some dozens of
         entries at a time, so others go on writing.
         """
-        for kind, key, _, _ in self._entries(values=False):
+        for kind, key, *_ in self._entries(values=False):
             yield decode_key(kind, key)
 
-    def _entries(self, *, values: bool) -> Iterator[tuple[int, bytes, int, bytes]]:
+    def _entries(
+        self, *, values: bool
+    ) -> Iterator[tuple[int, bytes, int, bytes, int, int]]:
+        # Kind, key, tag, value, expiry (ns) and stamp of each.
         self._require_open()
         for shard in range(self._settings.shards):
             bucket = 0
             while bucket >= 0:
                 self._require_open()
                 bucket, flat = self._scan(shard, bucket, STEP, values)
-                for i in range(0, len(flat), 4):
-                    meta = flat[i + 1]
+                for i in range(0, len(flat), 5):
+                    meta, key, value, expires, stamp = flat[i : i + 5]
                     kind = meta >> 16 & 15
                     tag = meta >> L.META_TAG_SHIFT & 15
-                    yield kind, flat[i + 2], tag, flat[i + 3]
+                    yield kind, key, tag, value, expires, stamp
 
     def keys(self) -> KeysView[Any]:
         """The keys, as a view: ``len``, ``in``, iteration."""
@@ -843,10 +857,7 @@ class Cache(Slab):
             for i, word in enumerate(self._shard_words(shard)):
                 sums[i] += word
         counters = attachment.counters()
-        rows = {
-            word: counters[word - L.R_COUNTERS]
-            for word in (L.R_HITS, L.R_MISSES, L.R_SWEEPS, L.R_SWEEP_NS)
-        }
+        rows = [0] * L.R_COUNTERS + counters
         removed = {cause.name: sums[L.S_GONE + cause] for cause in L.Cause}
         return Stats(
             name=self.name,
@@ -871,6 +882,23 @@ class Cache(Slab):
             recoveries=sums[L.S_RECOVERIES],
             dropped=sums[L.S_DROPPED],
             recovered=attachment.words[L.H_RECOVERED],
+            handles_opened=rows[L.R_OPENED],
+            handles_closed=rows[L.R_CLOSED],
+            callbacks=rows[L.R_CALLBACKS],
+            callback_failures=rows[L.R_CALLBACK_FAILURES],
+            sweep_buckets=_buckets(
+                rows, L.R_SWEEP_BUCKETS, L.SWEEP_BOUNDS, rows[L.R_SWEEPS]
+            ),
+            lock_wait_buckets=_buckets(
+                sums, L.S_LOCK_BUCKETS, L.LOCK_BOUNDS, sums[L.S_LOCK_WAITS]
+            ),
+            eviction_age_buckets=_buckets(
+                sums,
+                L.S_AGE_BUCKETS,
+                L.AGE_BOUNDS,
+                removed["EXPIRED"] + removed["CAPACITY"],
+            ),
+            eviction_age_seconds=(sums[L.S_AGES] << L.STAMP_SHIFT) / 1e9,
             shards=settings.shards,
             workers=sum(map(attachment.alive, attachment.tokens())),
             age=(time.time_ns() - attachment.header.created_ns) / 1e9,
@@ -911,6 +939,14 @@ class Cache(Slab):
         return findings
 
 
+def _buckets(
+    words: list[int], first: int, bounds: tuple[float, ...], total: int
+) -> tuple[int, ...]:
+    # With the one that is not counted: what is over the last bound.
+    counts = words[first : first + len(bounds)]
+    return (*counts, max(0, total - sum(counts)))
+
+
 @dataclass(frozen=True)
 class _EngineSettings:
     sliding: bool
@@ -944,7 +980,7 @@ class _Values(ValuesView[Any]):
         return len(self._cache)
 
     def __iter__(self) -> Iterator[Any]:
-        for _, _, tag, data in self._cache._entries(values=True):
+        for _, _, tag, data, *_ in self._cache._entries(values=True):
             yield decode_tagged(self._cache._codec, tag, data)
 
     def __contains__(self, value: object) -> bool:
@@ -960,7 +996,7 @@ class _Items(ItemsView[Any, Any]):
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         codec = self._cache._codec
-        for kind, key, tag, data in self._cache._entries(values=True):
+        for kind, key, tag, data, *_ in self._cache._entries(values=True):
             yield decode_key(kind, key), decode_tagged(codec, tag, data)
 
     def __contains__(self, item: object) -> bool:

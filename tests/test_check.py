@@ -568,7 +568,7 @@ DAMAGES = [
     row(0, fmt.R_PID, 1 << 23, "row 0: pid is 8388608"),
     row(0, fmt.R_STARTED, HUGE, "row 0: started is"),
     row(LAST_ROW, fmt.R_MISSES, HUGE, "row 1023: misses is"),
-    row(LAST_ROW, fmt.ROW_WORDS - 1, HUGE, "row 1023: word 15 is"),
+    row(LAST_ROW, fmt.ROW_WORDS - 1, HUGE, "row 1023: word 31 is"),
     # the words of a shard
     shard(fmt.S_EPOCH, 35, "epoch is 35, odd, with no writer inside"),
     shard(fmt.S_HOLDER, TOKEN, "holder is 0x50003 with nobody inside"),
@@ -899,7 +899,7 @@ def test_every_bit_of_the_header() -> None:
         "H_SEED",  # seen in the shards
         *("H_CREATED", "H_EPOCH", "H_LEASE", "H_INCARNATION"),
         *("H_MAX_BYTES", "H_TTL", "H_JITTER", "H_CLEANUP", "H_FLAGS", "H_FOLD"),
-        *("H_RECOVERED", "H_LOST"),
+        *("H_RECOVERED", "H_LOST", "H_FREED"),
         *("length", "text", "bank counter"),
         # An older worker's token, or another row's, may have been there.
         *("token of bank 1", "token of row 0", "token of row 2"),

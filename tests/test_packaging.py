@@ -181,7 +181,7 @@ def test_cython_is_not_needed_to_run(
 def test_public_names() -> None:
     """What the package offers is a decision, not an accident."""
     expected = {
-        *("Cache", "Stats", "Cause", "MsgspecCodec"),
+        *("Cache", "Stats", "Cause", "HandleMap", "MsgspecCodec"),
         *("CacheClosed", "ConfigMismatch", "EntryTooLarge", "LockTimeout"),
         *("OutOfSharedMemory", "ReentrantCall", "SegmentCorrupt", "SegmentNotFound"),
         *("SegmentRefused", "ShmCacheError", "TooManyWorkers", "UnsupportedKey"),

@@ -531,7 +531,7 @@ def test_sweeper_that_is_told_to_stop_stops(make_cache: Callable[..., Cache]) ->
             super().clear()
 
     sweeper._wake = Bell()
-    sweeper.watch(cache)
+    sweeper.watch(cache, 0)
     thread = sweeper._thread
     assert thread
     thread.join(5)

@@ -24,6 +24,7 @@ from urllib.parse import urlencode
 import psutil
 import pytest
 
+import shmcache
 from shmcache import Cache
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ class Server:
         self, kind: Kind, name: str, *, warm: bool = False, **settings: Any
     ) -> None:
         self.kind = kind
+        self.name = name
+        self.persists = settings.get("persist", False)
         # A socket's path must be short.
         self.home = tempfile.mkdtemp(prefix="served-")
         self.address = os.path.join(self.home, "socket")
@@ -293,6 +296,12 @@ class Server:
         assert [] == [process for process in family if process.is_running()]
         assert status in {0, -signum, 128 + signum}, self.output()
         assert "Traceback" not in self.output(), self.output()
+        uwsgi = self.kind.id.startswith("uwsgi") and not self.persists
+        if uwsgi and not shmcache.compiled and names_of(self.name):
+            # uWSGI's first process ends without Python's farewell, and only C code can
+            # take leave then.  What it leaves nobody uses, and anybody may remove.
+            command = [sys.executable, "-P", "-m", "shmcache", "unlink", self.name]
+            subprocess.run(command, check=True, timeout=PATIENCE)
 
 
 def at_once(function: Callable[[], object], times: int) -> None:

@@ -63,7 +63,7 @@ def instructions(package: Path, operation: str, repetitions: int) -> int:
     done = subprocess.run(
         [
             *("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"),
-            *(sys.executable, "-c", SCRIPT, operation, str(repetitions)),
+            *(sys.executable, "-P", "-c", SCRIPT, operation, str(repetitions)),
         ],
         env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
         capture_output=True,
