@@ -11,9 +11,9 @@ worker never uses twice, and a small value for all to read.  That entry is subje
 bound, LRU order and TTL like any other.  Whoever retires it, in any process, writes a
 notice (token, number, cause) into the shard's ring before it leaves the lock.  Each
 owner reads the rings on from where it was, ``LOOK`` apart, so being told costs
-O(evictions), whatever it holds.  (Looking 25 times a second costs less than 0.1 % of a
-core; a bell for each worker would be a name to clean up after every death, and would
-not ring from one container to the next.)
+O(evictions), whatever it holds; and then, too, its uses count for the others.
+(benchmarks/handles.py shows what looking costs.  A bell for each worker would be a name
+to clean up after every death, and would not ring from one container to the next.)
 
 Once: whoever moves the number out of the table runs the callback; a notice of a number
 that is not there says nothing new.  And not never: a ring that went round since the
@@ -35,9 +35,8 @@ import itertools
 import logging
 import threading
 import time
-import weakref
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -82,6 +81,10 @@ class _Handle:
         self.taken = False  # by the one who runs the callback
 
 
+# Of one process, as two maps of one name there are one worker.
+_numbering = itertools.count(1)
+
+
 class _Local:
     """What one process has of a map: begun anew after a fork."""
 
@@ -91,7 +94,6 @@ class _Local:
         self.handles: dict[bytes, _Handle] = {}  # by shared key
         self.numbers: dict[int, _Handle] = {}
         self.doomed: dict[int, _Handle] = {}  # gone, and not yet queued for a callback
-        self.numbering = itertools.count(1)
         self.read = [0] * shards  # of each shard's notices
         self.creating: dict[bytes, tuple[int, threading.Event]] = {}
         self.freed = -1  # H_FREED when dead owners were last looked for
@@ -107,6 +109,7 @@ class _Callbacks:
         self._queue: deque[_Handle] = deque()
         self._condition = threading.Condition()
         self._running = 0
+        self._inside: set[int] = set()  # the threads that run them
 
     @property
     def pending(self) -> int:
@@ -114,12 +117,15 @@ class _Callbacks:
         return len(self._queue) + self._running
 
     def add(self, record: _Handle) -> None:
+        """Queue a record; ``start`` must follow, when no lock is held."""
+        self._queue.append(record)
+
+    def start(self) -> None:
+        """See to it that what is queued will run: here, if no thread can be had."""
         with self._condition:
-            self._queue.append(record)
-            start = self._running < self._threads
-            self._running += start
-        if not start:
-            return
+            if not self._queue or self._running >= self._threads:
+                return
+            self._running += 1
         try:
             if not threads_run():
                 raise RuntimeError
@@ -141,13 +147,16 @@ class _Callbacks:
                 if record.taken:
                     continue
                 record.taken = True
+                self._inside.add(threading.get_ident())
             self._run(record)
+            self._inside.discard(threading.get_ident())
 
     def wait(self, timeout: float) -> bool:
-        """Wait until all are done; whether they are."""
+        """Wait until all are done, but the caller if it is one; whether they are."""
+        mine = threading.get_ident() in self._inside
         with self._condition:
             return self._condition.wait_for(
-                lambda: not self._queue and not self._running, timeout
+                lambda: not self._queue and self._running <= mine, timeout
             )
 
 
@@ -209,9 +218,10 @@ class _Registry(Cache):
         return removed
 
 
-_maps: weakref.WeakSet[HandleMap] = weakref.WeakSet()
+# A map that nobody refers to has open handles all the same: it lives until close().
+_maps: set[HandleMap] = set()
 # Of processes that forked us: kept, as a destructor may close what the parent uses.
-_graveyard: list[_Local] = []
+_graveyard: list[tuple[_Local, _Callbacks]] = []
 
 
 class HandleMap:
@@ -344,8 +354,7 @@ class HandleMap:
         with _workers.mutex():
             if self._local.token == token:
                 return self._local
-            if self._local.numbers or self._local.doomed:
-                _graveyard.append(self._local)
+            _graveyard.append((self._local, self._callbacks))
             self._callbacks = _Callbacks(self._run, self._callback_threads)
             local = _Local(token, registry._settings.shards)
             for shard in range(registry._settings.shards):
@@ -377,6 +386,7 @@ class HandleMap:
         if now - local.buried >= BURY:
             self._registry.bury(local)
             local.buried = now
+        self._registry._flush_touches()  # recency is the host's, too
         self._deliver(local)
         return LOOK if local.numbers or local.doomed else IDLE
 
@@ -404,11 +414,9 @@ class HandleMap:
                     read[shard] = head
         if lost:
             self._compare(local)
-        for number, record in list(local.doomed.items()):
-            with local.lock:
-                if record.leases == 0 and number in local.doomed:
-                    self._callbacks.add(record)
-                    local.doomed.pop(number, None)
+        for record in list(local.doomed.values()):
+            if record.leases == 0:
+                self._queue(local, record)
 
     def _compare(self, local: _Local) -> None:
         # Some notices are lost: look for each of our handles whether it is still there.
@@ -434,6 +442,19 @@ class HandleMap:
         # Once for each record, in a thread of the callbacks.
         on_evict = record.on_evict or self._on_evict
         cause = record.cause
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(
+                "map %s evicted %r (%s)",
+                self.name,
+                record.key,
+                cause.name if cause is not None else "",
+                extra={
+                    "cache": self.name,
+                    "event": "evicted",
+                    "key": repr(record.key),
+                    "cause": cause.name if cause is not None else "",
+                },
+            )
         try:
             if on_evict is not None:
                 on_evict(record.key, record.handle, cause)
@@ -535,28 +556,33 @@ class HandleMap:
         first = not local.numbers
         with local.lock:
             before = local.handles.get(shared)
-            record = _Handle(key, shared, handle, next(local.numbering), on_evict)
-            record.leases = leases
-            local.numbers[record.number] = record
-            local.handles[shared] = record
-            try:
-                registry.set(shared, (local.token, record.number, value), ttl)
-            except BaseException:
-                local.numbers.pop(record.number, None)
-                if before is not None and before.number in local.numbers:
-                    local.handles[shared] = before
-                else:
-                    local.handles.pop(shared, None)
-                # Thrown out by a signal handler it may have been stored.
-                registry._discard(shared, local.token, record.number, Cause.CLOSED)
-                raise
+            number = next(_numbering)
             if before is not None and before.handle is handle:
-                # The same object once more: its former record is no handle any more.
-                local.numbers.pop(before.number, None)
-                record.leases += before.leases
-                before.taken = True
-                registry._attachment.count(L.R_CLOSED)
-            registry._attachment.count(L.R_OPENED)
+                record = before  # the same object once more, with its leases
+            else:
+                record = _Handle(key, shared, handle, number, on_evict)
+                local.handles[shared] = record
+            local.numbers[number] = record
+            try:
+                registry.set(shared, (local.token, number, value), ttl)
+            except BaseException:
+                local.numbers.pop(number, None)
+                if before is None:
+                    local.handles.pop(shared, None)
+                else:
+                    local.handles[shared] = before
+                # Thrown out by a signal handler it may have been stored.
+                with suppress(ShmCacheError):
+                    registry._discard(shared, local.token, number, Cause.CLOSED)
+                raise
+            if record is before:
+                # Under its former number it is not known any more.
+                local.numbers.pop(record.number, None)
+                record.number = number
+                record.on_evict = on_evict or record.on_evict
+            else:
+                registry._attachment.count(L.R_OPENED)
+            record.leases += leases
         if first:
             sweeper().watch(self, 0.0)
         return record
@@ -630,6 +656,7 @@ class HandleMap:
                 registry = self._registry
                 registry._attachment.count(L.R_OPENED)
                 self._callbacks.add(lost)
+                self._callbacks.start()
                 raise
         finally:
             local.creating.pop(shared, None)
@@ -663,13 +690,14 @@ class HandleMap:
             record.leases -= 1
             last = record.leases == 0 and record.cause is not None
         if last:
-            self._deliver_doomed(local, record)
+            self._queue(local, record)
 
-    def _deliver_doomed(self, local: _Local, record: _Handle) -> None:
+    def _queue(self, local: _Local, record: _Handle) -> None:
         with local.lock:
-            if record.number in local.doomed:
+            if record.leases == 0 and record.number in local.doomed:
                 self._callbacks.add(record)
                 local.doomed.pop(record.number, None)
+        self._callbacks.start()
 
     @contextmanager
     def lease(
@@ -797,6 +825,23 @@ class HandleMap:
             )
         return entries
 
+    def owners(self, key: Any) -> list[tuple[int, Any]]:
+        """The workers that have a handle of a key: PID, and the value given with it.
+
+        No use of the handles.  O(workers).
+        """
+        registry = self._registry
+        registry._require_open()
+        attachment = registry._attachment
+        kind, data = encode_key(key)
+        found = []
+        for token in attachment.tokens():
+            shared = token.to_bytes(8, "big") + bytes((kind,)) + data
+            entry = registry.peek(shared, MISSING)
+            if entry is not MISSING and attachment.alive(token):
+                found.append((attachment.pid(token), entry[2]))
+        return found
+
     def clear(self) -> int:
         """Close all handles of all workers (CLEARED); how many.
 
@@ -810,6 +855,7 @@ class HandleMap:
     def sweep(self, budget: float | None = None) -> int:
         """Remove what has expired, of any worker; how many.  As ``Cache.sweep``."""
         local = self._mine()
+        self._registry._flush_touches()
         removed = self._registry.sweep(budget)
         self._registry.bury(local)
         self._deliver(local)
@@ -880,6 +926,7 @@ class HandleMap:
                 )
         registry.close()
         sweeper().forget(self)
+        _maps.discard(self)
         return done
 
     def _close_all(self, local: _Local) -> None:
@@ -899,7 +946,7 @@ class HandleMap:
             self._doom(local, record, Cause.CLOSED)
         for record in list(local.doomed.values()):
             if record.leases == 0:
-                self._deliver_doomed(local, record)
+                self._queue(local, record)
 
     def unlink(self) -> None:
         """Remove the map's names now, as ``Cache.unlink``."""
