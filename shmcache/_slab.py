@@ -2635,7 +2635,11 @@ class Slab:
                 data = _number_bytes(number)
                 if data is not None:
                     tag = _TAG_INT if type(number) is int else _TAG_FLOAT
-                    if tag == old_tag and expires == self.w64[v + 1]:
+                    if (
+                        tag == old_tag
+                        and expires == self.w64[v + 1]
+                        and word == self.w32[2 * v + _F_TTL]
+                    ):
                         self._rewrite(
                             s, b, slot, data, self._checksum(data, h & _MASK32, tag)
                         )

@@ -163,11 +163,20 @@ class Model:
         self.count["too_large"] += count
         return False
 
-    def store(self, key: Any, value: Any, expires: int | None, ttl: int) -> None:
+    def store(
+        self,
+        key: Any,
+        value: Any,
+        expires: int | None,
+        ttl: int,
+        *,
+        in_place: bool = False,
+    ) -> None:
         """Store what fits, making room as the cache should."""
         self.purge()
         need = self.need(key, value)
-        self.make_room(key, need)
+        if not in_place:
+            self.make_room(key, need)
         if self.entries.pop(key, None):
             self.count["REPLACED"] += 1
         self.serial += 1
@@ -478,11 +487,13 @@ class OneShard(RuleBasedStateMachine):
         else:
             new = (initial if old is MISSING else old) + delta
             expires, ns = self.model.expiry(ttl)
-            if ttl is LEFT_OUT and old is not MISSING:
+            entry = self.model.entries.get(key)
+            times = entry and (entry.expires, entry.ttl)
+            if ttl is LEFT_OUT and entry is not None:
                 self.model.renew(key)
-                entry = self.model.entries[key]
                 expires, ns = entry.expires, entry.ttl
-            self.model.store(key, new, expires, ns)
+            in_place = type(new) is type(old) and times == (expires, ns)
+            self.model.store(key, new, expires, ns, in_place=in_place)
             assert call() == new
             self.settle()
 
