@@ -195,9 +195,10 @@ class _Registry(Cache):
         O(workers), and O(entries) when a worker has gone since the last call.
         """
         attachment = self._attachment
+        gone = any(not attachment.alive(token) for token in attachment.tokens())
         attachment.reap()
         freed = attachment.words[L.H_FREED]
-        if freed == local.freed:
+        if not gone and freed == local.freed:
             return 0
         removed = 0
         dead: dict[int, bool] = {}

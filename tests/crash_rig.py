@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import shmcache
+import shmcache.handles
 from shmcache import _layout as L
+from shmcache import _sweeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -654,6 +656,29 @@ def attach_and_leave(name: str) -> None:
     shmcache.Cache.attach(name).close()
 
 
+# --- handles, as those who remove them die ----------------------------------------
+
+HANDLES: dict[str, Callable[[shmcache.HandleMap], object]] = {
+    "insert": lambda handles: handles.set("new", "new"),
+    "clear": lambda handles: handles.clear(),
+    "sweep": lambda handles: handles.sweep(),
+    "replace": lambda handles: [handles.set("own", n) for n in range(2)],
+    "close": lambda handles: (handles.set("own", 1), handles.close()),
+}
+
+
+def handle_child(
+    handles: shmcache.HandleMap, name: str, steps: int, report: memoryview
+) -> None:
+    """Be a worker of a map, up to the step at which to die."""
+    # No thread, so that the steps are the same each time.
+    for module in (_sweeper, shmcache.handles):
+        vars(module)["threads_run"] = bool
+    handles._mine()
+    light(handles._registry, Fuse(steps, report))
+    HANDLES[name](handles)
+
+
 # --- the zygote -----------------------------------------------------------------
 
 
@@ -683,8 +708,10 @@ def zygote(cache_name: str, mode: str) -> None:
     """Serve orders: {"scenario", "steps", "now"}, until the input ends."""
     assert not shmcache.compiled
     clock = Clock()
-    cache = None
-    if mode != "life":
+    cache = handles = None
+    if mode == "handles":
+        handles = shmcache.HandleMap.attach(cache_name, clock=clock)
+    elif mode != "life":
         cache = shmcache.Cache.attach(
             cache_name, lock_timeout=1.0, clock=clock if mode == "timed" else None
         )
@@ -698,7 +725,9 @@ def zygote(cache_name: str, mode: str) -> None:
         if pid == 0:
             code = FAILED
             try:
-                if cache:
+                if handles:
+                    handle_child(handles, order["scenario"], order["steps"], report)
+                elif cache:
                     child(cache, clock, order["scenario"], order["steps"], report)
                 else:
                     mortal_child(cache_name, order["scenario"], order["steps"], report)
@@ -716,8 +745,9 @@ def zygote(cache_name: str, mode: str) -> None:
             "token": report[1],
         }
         print(json.dumps(answer), flush=True)
-    if cache:
-        cache.close()
+    for attached in (cache, handles):
+        if attached:
+            attached.close()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from crash_rig import (
     COUNTED,
     COUNTER,
     DEAD,
+    HANDLES,
     LIVES,
     PERSISTENT,
     SCENARIOS,
@@ -34,6 +35,7 @@ from crash_rig import (
 )
 
 import shmcache
+from shmcache import HandleMap
 from shmcache import _layout as L
 
 if TYPE_CHECKING:
@@ -400,6 +402,53 @@ def test_1_death_of_a_worker_that_comes_goes_or_reaps(
             assert scene.cache.check() == []
             step += 1
     record_property("crash points", steps)
+
+
+@pytest.mark.parametrize("act", HANDLES)
+def test_1_death_of_one_who_removes_handles(
+    act: str,
+    name: str,
+    interpreted_env: dict[str, str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Whatever step a process dies at that evicts, clears, sweeps or closes: the owner
+    closes what has gone, once, and keeps the rest; the dead one's handles go."""
+    closed: list[str] = []
+    clock = Clock()
+    step, whole = 0, False
+    settings: dict[str, Any] = {"max_entries": 4, "max_bytes": 64 * 64, "ttl": 10}
+    handles = HandleMap(
+        name,
+        **settings,
+        clock=clock,
+        cleanup_interval=300,
+        on_evict=lambda _key, handle, _cause: closed.append(handle),
+    )
+    with handles, Zygote.of(name, clock, "handles", interpreted_env) as zygote:
+        while not whole:
+            opened = [f"{step}: {key}" for key in "abcd"]
+            for key, handle in zip("abcd", opened, strict=True):
+                handles[key] = handle
+            if act == "sweep":
+                clock.ns += 11_000_000_000
+            # How many steps it takes depends a little on what the keys hash to.
+            answer = zygote.order(act, step)
+            whole = answer.code == 0
+            assert whole or (answer.code, answer.steps) == (DEAD, step)
+            clock.ns -= 11_000_000_000 * (act == "sweep")
+            handles.sweep()
+            kept = handles.values()
+            assert handles._callbacks.wait(60)
+            assert sorted(kept + closed) == opened
+            assert handles.stats().entries == len(kept)
+            assert handles.check() == []
+            handles.clear()
+            assert handles._callbacks.wait(60)
+            assert sorted(closed) == opened
+            closed.clear()
+            step += 1
+    assert step > 20
+    record_property("crash points", step)
 
 
 def names_of(cache: str) -> list[str]:
