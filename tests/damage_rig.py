@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import posix_ipc
 
 import shmcache
-from shmcache import _check
+import shmcache.handles
+from shmcache import _check, _sweeper
 from shmcache import _layout as L
 from shmcache._segment import Names
 from shmcache.errors import ShmCacheError
@@ -130,6 +131,8 @@ class Rounds:
             wheel = 8 * (L.S_CLAIMS - L.S_WHEEL_BITS)
             yield "wheel", at + 8 * L.S_WHEEL_BITS, wheel
             yield "claims", at + 8 * L.S_CLAIMS, 16 * L.CLAIMS
+            yield "notices", at + 8 * L.S_NOTICE_HEAD, 8 * 8
+            yield "notices", at + 8 * L.S_NOTICES, 64 * 8
             yield "buckets", at + g.buckets_at, 4 * g.slots
             records = L.RECORD * (g.slots + 1)
             yield "records", at + g.records_at, records
@@ -380,7 +383,128 @@ class RoundsAtRest(Rounds):
         self.leave()
 
 
-KINDS = {"used": Rounds, "at rest": RoundsAtRest}
+class RoundsOfHandles(Rounds):
+    """A segment of handles, damaged while their owner uses it."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        for module in (_sweeper, shmcache.handles):
+            vars(module)["threads_run"] = bool  # all happens here, and now
+        self.closed: Counter[str] = Counter()
+        super().__init__(name, seed)
+        local = self.map._local
+        self.kept = dict(local.handles), dict(local.numbers), list(local.read)
+
+    def open(self) -> None:
+        """Use the map."""
+        self.map = shmcache.HandleMap(
+            self.name, **self.settings, clock=self.clock, ttl=100, on_evict=self.close
+        )
+        self.cache = self.map._registry
+        self.buffer = self.cache._attachment.block.view
+        self.semaphores = [
+            posix_ipc.Semaphore(self.cache._names.semaphore(shard))
+            for shard in range(SETTINGS["shards"])
+        ]
+
+    def fill(self) -> None:
+        """Handles of all kinds of keys."""
+        for n, key in enumerate(KEYS[-25:]):
+            value = value_of(key, n % 3)
+            self.map.set(
+                key, f"handle of {key!r}", value=value, ttl=(1, None, 50)[n % 3]
+            )
+        self.map.discard(KEYS[-3])
+
+    def close(self, _key: Any, handle: str, _cause: shmcache.Cause) -> None:
+        """Closed, and never twice: see ``round``."""
+        self.closed[handle] += 1
+
+    def verify(self, key: Any, value: Any) -> None:
+        """The handle of a key is the one that was registered under it, and open."""
+        if not value.endswith(f"handle of {key!r}") or self.closed[value]:
+            raise Violation(f"{key!r}: {value!r}, closed {self.closed[value]} times")
+
+    def round(self, number: int) -> None:
+        """As ever; and then no handle is open without an entry, or was closed twice."""
+        super().round(number)
+        local = self.map._mine()
+        self.map._deliver(local)
+        findings: list[str] = []
+        self.map._compare_quietly(local, findings)
+        twice = [handle for handle, times in self.closed.items() if times > 1]
+        if findings or twice:
+            raise Violation(f"{findings}, closed twice: {twice}")
+
+    def new(self, key: Any) -> str:
+        """A handle that never was there."""
+        self.number += 1
+        return f"{self.number}: handle of {key!r}"
+
+    def get(self, key: Any) -> None:
+        handle = self.map.get(key)
+        if handle is not None:
+            self.verify(key, handle)
+
+    def pop(self, key: Any) -> None:
+        handle = self.map.pop(key, None)
+        if handle is not None:
+            self.verify(key, handle)
+
+    def lease(self, key: Any) -> None:
+        with self.map.lease(key, lambda: self.new(key)) as handle:
+            self.verify(key, handle)
+
+    def items(self, _key: Any) -> None:
+        for key, handle in self.map.items():
+            self.verify(key, handle)
+
+    def host(self, _key: Any) -> None:
+        for entry in self.map.host():
+            if entry.key not in KEYS:
+                raise Violation(f"{entry.key!r} was never registered")
+
+    def later(self, _key: Any) -> None:
+        self.clock.ns += 700_000_000
+        self.map.sweep()
+
+    def operations(self) -> list[Callable[[Any], object]]:
+        """What can be done with a key."""
+        return [
+            *(self.get, self.get, self.pop, self.lease, self.lease, self.items),
+            *(self.host, self.later, self.map.discard),
+            lambda key: self.map.set(key, self.new(key), value=value_of(key, 1)),
+            lambda key: self.map.set(key, self.new(key), ttl=0.5),
+            lambda key: self.map.get_or_create(key, lambda: self.new(key)),
+            lambda key: key in self.map,
+            lambda _: len(self.map),
+            lambda _: self.map.stats(),
+            lambda _: self.map._tend(0),
+            lambda _: self.map.clear(),
+        ]
+
+    def restore(self) -> None:
+        """Table and segment as they were before the damage."""
+        super().restore()
+        self.number = 0
+        self.closed.clear()
+        local = self.map._local
+        local.handles, local.numbers = map(dict, self.kept[:2])
+        local.read = list(self.kept[2])
+        local.doomed.clear()
+        for record in local.numbers.values():
+            record.cause, record.taken, record.leases = None, False, 0
+            record.handle = f"handle of {record.key!r}"
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        self.restore()
+        for semaphore in self.semaphores:
+            semaphore.close()
+        self.buffer = None
+        self.map.close()
+
+
+KINDS = {"used": Rounds, "at rest": RoundsAtRest, "handles": RoundsOfHandles}
 
 
 def main() -> None:
