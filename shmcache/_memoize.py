@@ -137,11 +137,11 @@ class _Bound:
 
     def __init__(self, memoized: Memoized, instance: Any) -> None:
         functools.update_wrapper(self, memoized.__wrapped__)
+        if memoized._awaits:
+            _mark_as_coroutine_function(self)  # before it has a __func__ to be marked
         self.__self__ = instance
         self.__func__ = memoized
         self.__wrapped__ = functools.partial(memoized.__wrapped__, instance)
-        if memoized._awaits:
-            _mark_as_coroutine_function(self)
 
     def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As of the function, with the instance's part."""

@@ -654,7 +654,7 @@ def test_deep_recursion(cache: shmcache.Cache) -> None:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)
     try:
-        assert depth(400) == 400
+        assert depth(280) == 280  # Python 3.12 has a limit of its own on C's stack
     finally:
         sys.setrecursionlimit(limit)
 

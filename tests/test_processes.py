@@ -1220,10 +1220,25 @@ def test_use_at_exit(name: str, python: str) -> None:
     assert names_of(name) == []
 
 
+WARNS_OF_HOOKS = """
+import os, threading, warnings
+
+warnings.simplefilter("always")
+wait = threading.Thread(target=threading.Event().wait, daemon=True)
+os.register_at_fork(after_in_parent=wait.start)
+if os.fork() == 0:
+    os._exit(0)
+"""
+
+
 def test_fork_beside_the_sweeper_is_no_fork_beside_a_thread(
     name: str, python: str
 ) -> None:
     """The sweeper is out of the way when a process forks: Python has no warning."""
+    command = [python, "-c", WARNS_OF_HOOKS]
+    if subprocess.run(command, capture_output=True, check=True).stderr:
+        # As 3.13.0 does: it counts threads after the hooks, which start the sweeper.
+        pytest.skip("this Python warns of threads that began after the fork, too")
     script = """
     import os, sys
     from shmcache import Cache
