@@ -121,6 +121,8 @@ R_CALLBACKS = 13
 R_CALLBACK_FAILURES = 14
 R_OPENED = 15  # handles registered
 R_CLOSED = 16  # handles that have gone and whose callback, if any, has ended
+R_LEASES = 17  # leases on handles, begun
+R_RETURNED = 18  # and ended
 R_COUNTERS = R_HITS
 
 # --- shard words: 64-bit words from the shard's start ---------------------------
@@ -283,7 +285,7 @@ def unpack_ttl(word: int) -> int:
 
 def checksum(value: bytes, key_hash: int, tag: int) -> int:
     """32 bits that change when a value, its tag or its key does: half of its XXH3."""
-    return xxh3_64_intdigest(value, tag << 32 | key_hash) & MASK32
+    return (xxh3_64_intdigest(value) ^ key_hash ^ tag << 28) & MASK32
 
 
 @dataclass(frozen=True)

@@ -218,12 +218,12 @@ cdef extern from * nogil:
         const unsigned char *p = (const unsigned char *)bytes;
         const shm_word *s = shm_secret;
         shm_word h, lo, hi;
-        Py_ssize_t i;
         if (n > 16) {
             h = (shm_word)n * 0x9E3779B185EBCA87ull;
-            for (i = (n - 1) / 32; i >= 0; i--) /* from the middle to both ends */
-                h += shm_mix(p + 16 * i, 4 * (int)i, seed)
-                     + shm_mix(p + n - 16 * (i + 1), 4 * (int)i + 2, seed);
+            if (n > 96) h += shm_mix(p + 48, 12, seed) + shm_mix(p + n - 64, 14, seed);
+            if (n > 64) h += shm_mix(p + 32, 8, seed) + shm_mix(p + n - 48, 10, seed);
+            if (n > 32) h += shm_mix(p + 16, 4, seed) + shm_mix(p + n - 32, 6, seed);
+            h += shm_mix(p, 0, seed) + shm_mix(p + n - 16, 2, seed);
             return shm_avalanche(h);
         }
         if (n > 8) {
@@ -262,8 +262,8 @@ cdef extern from * nogil:
     enum { shm_checksums = 1 };
     #endif
 
-    static inline shm_word shm_checksum(const char *p, Py_ssize_t n, shm_word seed)
-    { return shm_checksums ? shm_xxh3(p, n, seed) : 0; }
+    static inline shm_word shm_checksum(const char *p, Py_ssize_t n)
+    { return shm_checksums ? shm_xxh3(p, n, 0) : 0; }
     """
     ctypedef unsigned long long shm_word
     shm_word load "shm_load"(const shm_word *p)
@@ -283,7 +283,7 @@ cdef extern from * nogil:
     int sem_wait "shm_sem_wait"(shm_word sem, shm_word ns)
     bint CHECKSUMS "shm_checksums"
     shm_word xxh3 "shm_xxh3"(const char *p, Py_ssize_t n, shm_word seed)
-    shm_word checksum "shm_checksum"(const char *p, Py_ssize_t n, shm_word seed)
+    shm_word checksum "shm_checksum"(const char *p, Py_ssize_t n)
     shm_word on_exit "shm_on_exit"(
         int lease, long rows, long count, const char *paths, Py_ssize_t size)
     void has_left "shm_has_left"(shm_word leaver, int lease)

@@ -758,14 +758,12 @@ class Slab:
         if cython.compiled:
             # twin of _layout.checksum
             n: Index = len(value)
-            seed: Word = cython.cast(Word, tag) << 32 | h & _MASK32
+            total: Word = h ^ cython.cast(Word, tag) << 28
             if n <= _XXH3_MAX:
-                return cython.cast(
-                    cython.uint, checksum(PyBytes_AS_STRING(value), n, seed) & _MASK32
-                )
-            if CHECKSUMS:
-                return xxh3_64_intdigest(value, seed) & _MASK32
-            return 0
+                total ^= checksum(PyBytes_AS_STRING(value), n)
+            elif CHECKSUMS:
+                total ^= xxh3_64_intdigest(value)
+            return cython.cast(cython.uint, total & _MASK32)
         return L.checksum(value, h & _MASK32, tag)
 
     # --- lists ----------------------------------------------------------------------
