@@ -103,7 +103,7 @@ def told(rounds: int) -> None:
     here, there = get_context("fork").Pipe()
     owner = get_context("fork").Process(target=own, args=(name, 1000, there))
     owner.start()
-    taken = []
+    taken: list[float] = []
     with HandleMap(name, max_entries=2000) as other:
         for _ in range(5 * rounds):
             here.send("open")

@@ -144,7 +144,7 @@ def check(name: str) -> list[str]:
         fd = _segment.open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise SegmentNotFound(
-            f"there is no cache named {name!r} of user {os.geteuid()}; shmcache clean"
+            f"there is no cache named {name!r} of user {os.geteuid()}; shmcache ls"
             " lists what there is"
         ) from None
     try:

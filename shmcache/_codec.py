@@ -265,7 +265,8 @@ def _type_name(kind: Any) -> str:
 
 # --- msgpack --------------------------------------------------------------------
 
-_RICH = cython.declare(cython.int, 0xC1)
+RICH = 0xC1  # the first byte of what a bare unpackb() cannot read
+_RICH = cython.declare(cython.int, RICH)
 # msgpack without its C code: threads switch in the midst of a Packer.
 _ATOMIC = cython.declare(cython.bint, Packer.__module__ != "msgpack.fallback")
 # A packer keeps the largest buffer that it ever needed; above this, drop it.

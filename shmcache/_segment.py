@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import stat
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shmcache._block import Block
+
+log = logging.getLogger("shmcache")
 
 SHM_DIR = "/dev/shm"  # noqa: S108 - where Linux keeps POSIX shared memory
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
@@ -100,13 +103,28 @@ class Settings:
 
     def require_same(self, wanted: Settings, name: str) -> None:
         """Raise ConfigMismatch naming every setting in which ``wanted`` differs."""
-        differences = [
-            f"{_shown(field.name, getattr(self, field.name))}"
-            f" but asked for {_shown(field.name, getattr(wanted, field.name), '')}"
+        different = [
+            field.name
             for field in fields(self)
             if getattr(self, field.name) != getattr(wanted, field.name)
         ]
+        differences = [
+            f"{_shown(setting, getattr(self, setting))}"
+            f" but asked for {_shown(setting, getattr(wanted, setting), '')}"
+            for setting in different
+        ]
         if differences:
+            log.warning(
+                "cache %s exists with other settings: %s",
+                name,
+                "; ".join(differences),
+                extra={
+                    "cache": name,
+                    "event": "config mismatch",
+                    "exists": {each: getattr(self, each) for each in different},
+                    "asked": {each: getattr(wanted, each) for each in different},
+                },
+            )
             raise ConfigMismatch(
                 f"cache {name!r} exists with other settings: {'; '.join(differences)}."
                 " Ask for the same in all processes, use Cache.attach() to take what"
@@ -271,6 +289,23 @@ def _text(buffer: memoryview, at: int, size: int) -> str:
     )
 
 
+def read_settings(buffer: memoryview) -> Settings:
+    """The settings in a header, as they are."""
+    words = buffer[: L.ROWS_AT].cast("Q")
+    flags = words[L.H_FLAGS]
+    return Settings(
+        max_entries=words[L.H_MAX_ENTRIES],
+        max_bytes=words[L.H_MAX_BYTES],
+        ttl_ns=words[L.H_TTL],
+        sliding=bool(flags & L.FLAG_SLIDING),
+        jitter_ppm=words[L.H_JITTER],
+        cleanup_ns=words[L.H_CLEANUP],
+        shards=words[L.H_SHARDS],
+        persist=bool(flags & L.FLAG_PERSIST),
+        codec=_text(buffer, L.CODEC_AT, L.CODEC_SIZE),
+    )
+
+
 def read_header(names: Names, buffer: memoryview) -> Header:
     """The header of a mapped segment, or SegmentCorrupt."""
 
@@ -288,18 +323,7 @@ def read_header(names: Names, buffer: memoryview) -> Header:
             f"has format {words[L.H_FORMAT]}, and this version of shmcache reads"
             f" format {L.FORMAT}"
         )
-    flags = words[L.H_FLAGS]
-    settings = Settings(
-        max_entries=words[L.H_MAX_ENTRIES],
-        max_bytes=words[L.H_MAX_BYTES],
-        ttl_ns=words[L.H_TTL],
-        sliding=bool(flags & L.FLAG_SLIDING),
-        jitter_ppm=words[L.H_JITTER],
-        cleanup_ns=words[L.H_CLEANUP],
-        shards=words[L.H_SHARDS],
-        persist=bool(flags & L.FLAG_PERSIST),
-        codec=_text(buffer, L.CODEC_AT, L.CODEC_SIZE),
-    )
+    settings = read_settings(buffer)
     if not 1 <= settings.shards <= L.MAX_SHARDS:
         raise corrupt(f"claims {settings.shards} shards")
     geometry = settings.geometry

@@ -45,10 +45,11 @@ from time import monotonic_ns
 from types import EllipsisType, FrameType
 from typing import Any
 
+from msgpack import unpackb
 from xxhash import xxh3_64_intdigest
 
 from shmcache import _layout as L
-from shmcache._codec import decode_tagged, encode_key
+from shmcache._codec import RICH, decode_tagged, encode_key
 from shmcache._segment import Gone
 from shmcache.errors import EntryTooLarge, LockTimeout, SegmentCorrupt, UnsupportedValue
 
@@ -223,6 +224,7 @@ _UNKNOWN = cython.declare(cython.ulonglong, 1)
 _LONG = struct.Struct("<q")
 _DOUBLE = struct.Struct("<d")
 
+_RICH = cython.declare(cython.uchar, RICH)
 # What xxh3() of _memory.pxd takes.
 _XXH3_MAX = cython.declare(cython.Py_ssize_t, 128)
 
@@ -408,6 +410,7 @@ class Slab:
     arena: Index  # bytes from the shard's start
     sliding: cython.bint
     fast_tags: cython.bint
+    fast_unpack: cython.bint
     default_ttl: Word
     jitter: Word  # parts per million
     stamp_zero: Word
@@ -427,6 +430,8 @@ class Slab:
     pysems: object
     raw_only: cython.bint
     notify: cython.bint  # entries stand for handles, whose owners must be told
+    noting: cython.bint  # evictions, to be logged once the lock is given up
+    notes: list
     lock_bounds: cython.ulonglong[::1]  # ns
     age_bounds: cython.ulonglong[::1]  # stamps
 
@@ -465,6 +470,7 @@ class Slab:
         self.encode = codec.encode
         self.decode = codec.decode
         self.fast_tags = codec.name in {"msgpack", "pickle"}
+        self.fast_unpack = codec.name == "msgpack"
         self.raw_only = codec.name == "raw"
         self.notify = codec.name == L.HANDLES
         self.lock_bounds = memoryview(
@@ -486,6 +492,8 @@ class Slab:
         self.has_news = False
         self.in_step = True
         self.news = []
+        self.noting = False
+        self.notes = []
         self.owners = {}
         self.pysems = []
         self.sems = memoryview(array("Q"))
@@ -1108,6 +1116,8 @@ class Slab:
             raise Corrupt("length")
         if self.notify:
             self._post_notice(b, r, cause)
+        if self.noting and cause <= _CAPACITY:
+            self._note_eviction(b, r, cause)
         self._give_blocks(b, self.w32[r + _F_BLOCK], need)
         self.w32[r + _F_CHAIN] = cython.cast(cython.uint, self.w64[b + _S_FREE_SLOT])
         self.w64[b + _S_FREE_SLOT] = slot
@@ -1117,6 +1127,16 @@ class Slab:
             self._count_age(b, (self._stamp(now) - self.w32[r + _F_STAMP]) & _MASK32)
             if not meta & _META_FETCHED:
                 self.w64[b + _S_UNREAD] += 1
+        return 0
+
+    @cython.cfunc
+    def _note_eviction(self, b: Index, r: Index, cause: Index) -> cython.int:
+        # For the log, which nothing may be written to here.  A flat list of bytes and
+        # small ints: the collector tracks neither.
+        meta: cython.uint = self.w32[r + _F_META]
+        self.notes.append(cause << 4 | (meta >> 16 & 15))
+        self.notes.append(self._copy_out(b, self.w32[r + _F_BLOCK], 0, meta & _MAX_KEY))
+        self.has_news = True
         return 0
 
     @cython.cfunc
@@ -1989,7 +2009,7 @@ class Slab:
                     self.w64[self.row + _R_HITS] += 1
                     self._note(s, b, slot, version)
                 if tag == _TAG_CODEC:
-                    return self.decode(data)
+                    return self._decode(data)
                 if tag == _TAG_BYTES:
                     return data
                 return decode_tagged(self.codec, tag, data)
@@ -1998,6 +2018,16 @@ class Slab:
                 self._enter_process()  # closed since the call began
         # Too busy a shard, an expired entry, or damage: all are settled under the lock.
         return _UNSURE
+
+    @cython.cfunc
+    def _decode(self, data: bytes) -> object:
+        # What most values are goes to msgpack without a detour.
+        if self.fast_unpack and len(data) and data[0] != _RICH:
+            try:
+                return unpackb(data)
+            except Exception:  # noqa: BLE001, S110 - the codec knows what to say
+                pass
+        return self.decode(data)
 
     @cython.cfunc
     def _still_good(self, v: Index, expires: Word, how: cython.int) -> cython.bint:
@@ -2718,6 +2748,19 @@ class Slab:
         news, self.news = self.news, []
         self.has_news = False
         return news
+
+    def _note_evictions(self, on: bool) -> None:
+        """Whether evictions are to be noted from now on."""
+        self.noting = on
+
+    def _take_notes(self) -> Any:
+        """What this process evicted since the last call: cause, kind and key."""
+        notes: list = self.notes
+        self.notes = []
+        return [
+            (notes[i] >> 4, notes[i] & 15, notes[i + 1])
+            for i in range(0, len(notes) - 1, 2)
+        ]
 
     # --- steps: pieces of work that Cache repeats, each a short hold of one lock -----
 

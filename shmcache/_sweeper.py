@@ -85,7 +85,11 @@ class Sweeper:
             thread.start()
         except RuntimeError as error:
             # No more threads for this user, or none any more at the end of a process.
-            log.info("no sweeper, inserts sweep as they go: %s", error)
+            log.info(
+                "no sweeper, inserts sweep as they go: %s",
+                error,
+                extra={"event": "no sweeper"},
+            )
         else:
             self._thread = thread
 
@@ -134,10 +138,19 @@ class Sweeper:
         except CacheClosed:
             pass
         except LockTimeout as error:
-            log.warning("sweep of cache %s put off: %s", tended.name, error)
+            log.warning(
+                "sweep of cache %s put off: %s",
+                tended.name,
+                error,
+                extra={"cache": tended.name, "event": "sweep put off"},
+            )
         except Exception:  # others need the thread
             if not tended.closed:
-                log.exception("sweep of cache %s failed", tended.name)
+                log.exception(
+                    "sweep of cache %s failed",
+                    tended.name,
+                    extra={"cache": tended.name, "event": "sweep failed"},
+                )
         with self._lock:
             if self._due.get(tended) == due:  # else it was asked for meanwhile
                 if tended.closed:

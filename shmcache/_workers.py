@@ -56,6 +56,9 @@ from shmcache._slab import leave_on_exit, left_before_exit
 log = logging.getLogger("shmcache")
 
 _ADMIN = 0
+# Offices, each held by one process at most.
+REPORTER = 1  # exports metrics, see otel.py
+LOGGER = 2  # logs statistics, see _stats_log.py
 _RECOVERY = 16  # first of MAX_SHARDS bytes
 _ROW = 4096  # first of ROWS bytes
 # Creating a large segment, or repairing one, happens under the admin lock.
@@ -541,9 +544,23 @@ class Attachment:
         last = first + L.ROWS * L.ROW_WORDS
         return [token for token in self.words[first : last : L.ROW_WORDS] if token]
 
+    def held(self) -> tuple[int, int]:
+        """Handles that living workers have not closed yet, and leases in force."""
+        handles = leases = 0
+        words = self.words
+        for token in filter(self.alive, self.tokens()):
+            at = (L.ROWS_AT + ((token & 0xFFFF) - 1) * L.ROW_SIZE) // 8
+            handles += max(0, words[at + L.R_OPENED] - words[at + L.R_CLOSED])
+            leases += max(0, words[at + L.R_LEASES] - words[at + L.R_RETURNED])
+        return handles, leases
+
     def reap(self) -> int:
-        """Free the rows of dead workers, keeping their counts; how many there were."""
-        dead = [token for token in self.tokens() if not self.alive(token)]
+        """Free the rows of dead workers, keeping their counts; how many there were.
+
+        But those of who died holding a lock: who takes it over wants to say who died.
+        """
+        dead = {token for token in self.tokens() if not self.alive(token)}
+        dead -= self._holders() if dead else set()
         if not dead:
             return 0
         with mutex(), self.admin():
@@ -563,6 +580,14 @@ class Attachment:
             )
         return reaped
 
+    def _holders(self) -> set[int]:
+        geometry = self.header.geometry
+        first = geometry.shards_at // 8 + L.S_HOLDER
+        return {
+            self.words[first + shard * geometry.stride // 8]
+            for shard in range(geometry.shards)
+        }
+
     def _fold(self, row: int) -> None:
         # Add a row's counters to the totals of the gone; free the row.  The sums are
         # written to the bank that does not count, with the row's token; one store makes
@@ -573,13 +598,27 @@ class Attachment:
         token = words[at + L.R_TOKEN]
         counting = words[L.H_FOLD] & 1
         old = L.FOLD_AT + counting * L.FOLD_WORDS
-        if token and words[old + L.FOLD_TOKEN] != token:
+        half = words[old + L.FOLD_TOKEN]
+        if half != token and self._names_row(half):
+            # Whoever folded that one died before clearing it.  First things first: in
+            # the next bank no word would tell that its counts are in the sums.
+            self._clear_row((L.ROWS_AT + ((half & 0xFFFF) - 1) * L.ROW_SIZE) // 8)
+        if token and half != token:
             new = L.FOLD_AT + (1 - counting) * L.FOLD_WORDS
             for i in range(L.ROW_WORDS - L.R_COUNTERS):
                 total = words[old + i] + words[at + L.R_COUNTERS + i]
                 words[new + i] = total & L.MASK64
             words[new + L.FOLD_TOKEN] = token
             words[L.H_FOLD] = 1 - counting
+        self._clear_row(at)
+
+    def _names_row(self, token: int) -> bool:
+        row = (token & 0xFFFF) - 1
+        at = (L.ROWS_AT + row * L.ROW_SIZE) // 8
+        return 0 <= row < L.ROWS and self.words[at + L.R_TOKEN] == token
+
+    def _clear_row(self, at: int) -> None:
+        words = self.words
         for i in range(L.R_COUNTERS, L.ROW_WORDS):
             words[at + i] = 0
         words[L.H_FREED] = (words[L.H_FREED] + 1) & L.MASK64
@@ -592,22 +631,44 @@ class Attachment:
 
     def counters(self) -> list[int]:
         """The sums of all workers' counters, of the living and of the gone."""
-        n = L.ROW_WORDS - L.R_COUNTERS
-        while True:
-            counting = self.words[L.H_FOLD] & 1
-            bank = L.FOLD_AT + counting * L.FOLD_WORDS
-            totals = self.words[bank : bank + n].tolist()
-            folded = self.words[bank + L.FOLD_TOKEN]
-            rows = self.words[
-                L.ROWS_AT // 8 : (L.ROWS_AT + L.ROWS * L.ROW_SIZE) // 8
-            ].tolist()
-            if self.words[L.H_FOLD] & 1 == counting:
-                break
-        for at in range(0, len(rows), L.ROW_WORDS):
-            if rows[at + L.R_TOKEN] not in (0, folded):
-                for i in range(n):
-                    totals[i] += rows[at + L.R_COUNTERS + i]
-        return totals
+        return sum_counters(self.words)
+
+
+def elected(attachment: Attachment, byte: int) -> bool:
+    """Whether this process has an office of the segment: takes it if nobody has."""
+    try:
+        return attachment.lease.intact() and attachment.lease.try_lock(byte)
+    except (OSError, ValueError):
+        return False  # closed just now
+
+
+def resign(attachment: Attachment, byte: int) -> None:
+    """Give up an office, if this process has it."""
+    try:
+        if attachment.lease.intact():
+            attachment.lease.unlock(byte)
+    except (OSError, ValueError):
+        pass  # closed just now, and so given up
+
+
+def sum_counters(words: memoryview) -> list[int]:
+    """The sums of all rows' counters and of the fold bank that counts."""
+    n = L.ROW_WORDS - L.R_COUNTERS
+    while True:
+        freed = words[L.H_FREED]
+        counting = words[L.H_FOLD] & 1
+        bank = L.FOLD_AT + counting * L.FOLD_WORDS
+        totals = words[bank : bank + n].tolist()
+        folded = words[bank + L.FOLD_TOKEN]
+        rows = words[L.ROWS_AT // 8 : (L.ROWS_AT + L.ROWS * L.ROW_SIZE) // 8].tolist()
+        # After two rows that were folded meanwhile the bank is the same again.
+        if (words[L.H_FOLD] & 1, words[L.H_FREED]) == (counting, freed):
+            break
+    for at in range(0, len(rows), L.ROW_WORDS):
+        if rows[at + L.R_TOKEN] not in (0, folded):
+            for i in range(n):
+                totals[i] += rows[at + L.R_COUNTERS + i]
+    return totals
 
 
 def _fork_guard() -> tuple[mmap.mmap, memoryview]:
@@ -665,7 +726,7 @@ def leave_all() -> None:
         try:
             prepare()
         except Exception:
-            log.exception("at the end of the process")
+            log.exception("at the end of the process", extra={"event": "not ended"})
     with mutex():
         for attachment in list(_attachments.values()):
             if attachment.entered():

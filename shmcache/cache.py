@@ -19,10 +19,12 @@ from bisect import bisect_left
 from collections.abc import (
     Callable,
     ItemsView,
+    Iterable,
     Iterator,
     KeysView,
     Mapping,
     MutableMapping,
+    Sequence,
     ValuesView,
 )
 from dataclasses import dataclass, field
@@ -48,6 +50,7 @@ from shmcache.errors import (
     CacheClosed,
     ConfigMismatch,
     ReentrantCall,
+    SegmentCorrupt,
     SegmentNotFound,
     UnsupportedKey,
     UnsupportedPlatform,
@@ -55,6 +58,8 @@ from shmcache.errors import (
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from shmcache._segment import Header
 
 log = logging.getLogger("shmcache")
 
@@ -228,6 +233,70 @@ class Stats:
     age: float
     compiled: bool
 
+    @classmethod
+    def of(
+        cls,
+        header: Header,
+        shards: Iterable[Sequence[int]],
+        counters: list[int],
+        *,
+        recovered: int,
+        workers: int,
+    ) -> Self:
+        """From each shard's words up to the counters' end, and the rows' counters."""
+        geometry, settings = header.geometry, header.settings
+        sums = [0] * L.S_COUNTERS_END
+        for words in shards:
+            for i, word in enumerate(words):
+                sums[i] += word
+        rows = [0] * L.R_COUNTERS + counters
+        removed = {cause.name: sums[L.S_GONE + cause] for cause in L.Cause}
+        return cls(
+            name=header.name,
+            entries=sums[L.S_ENTRIES],
+            max_entries=settings.max_entries,
+            bytes_used=sums[L.S_BLOCKS_USED] * geometry.block_size,
+            bytes_capacity=geometry.blocks * geometry.shards * geometry.block_size,
+            segment_bytes=geometry.size,
+            hits=sums[L.S_HITS] + rows[L.R_HITS],
+            misses=sums[L.S_MISSES] + rows[L.R_MISSES],
+            sets=sums[L.S_SETS],
+            removed=removed,
+            expired=removed["EXPIRED"],
+            evicted=removed["CAPACITY"],
+            unread=sums[L.S_UNREAD],
+            sweeps=rows[L.R_SWEEPS],
+            sweep_seconds=rows[L.R_SWEEP_NS] / 1e9,
+            too_large=sums[L.S_TOO_LARGE],
+            lock_waits=sums[L.S_LOCK_WAITS],
+            lock_wait_seconds=sums[L.S_LOCK_WAIT_NS] / 1e9,
+            lock_timeouts=sums[L.S_LOCK_TIMEOUTS],
+            recoveries=sums[L.S_RECOVERIES],
+            dropped=sums[L.S_DROPPED],
+            recovered=recovered,
+            handles_opened=rows[L.R_OPENED],
+            handles_closed=rows[L.R_CLOSED],
+            callbacks=rows[L.R_CALLBACKS],
+            callback_failures=rows[L.R_CALLBACK_FAILURES],
+            sweep_buckets=_buckets(
+                rows, L.R_SWEEP_BUCKETS, L.SWEEP_BOUNDS, rows[L.R_SWEEPS]
+            ),
+            lock_wait_buckets=_buckets(
+                sums, L.S_LOCK_BUCKETS, L.LOCK_BOUNDS, sums[L.S_LOCK_WAITS]
+            ),
+            eviction_age_buckets=_buckets(
+                sums,
+                L.S_AGE_BUCKETS,
+                L.AGE_BOUNDS,
+                removed["EXPIRED"] + removed["CAPACITY"],
+            ),
+            eviction_age_seconds=(sums[L.S_AGES] << L.STAMP_SHIFT) / 1e9,
+            shards=settings.shards,
+            workers=workers,
+            age=(time.time_ns() - header.created_ns) / 1e9,
+            compiled=compiled,
+        )
+
     @property
     def hit_ratio(self) -> float:
         """Hits by lookups; 0.0 before the first lookup."""
@@ -381,6 +450,7 @@ class Cache(Slab):
             ),
             attachment.touches,
         )
+        self._heed_log_level()
         opened = self._open_semaphores(
             [self._names.semaphore(shard) for shard in range(settings.shards)]
         )
@@ -482,7 +552,12 @@ class Cache(Slab):
             if self._is_joined():
                 self._flush_touches()
         except Exception as error:  # noqa: BLE001
-            log.debug("touches of cache %s lost: %s", self.name, error)
+            log.debug(
+                "touches of cache %s lost: %s",
+                self.name,
+                error,
+                extra={"cache": self.name, "event": "touches lost"},
+            )
 
     def unlink(self) -> None:
         """Remove the names of segment and semaphores now.
@@ -571,8 +646,30 @@ class Cache(Slab):
             " stopped or starved, or raise lock_timeout"
         )
 
+    def _heed_log_level(self) -> None:
+        # The evictions of a handle map are logged by those who own the handles.
+        handles = self._settings.codec == L.HANDLES
+        self._note_evictions(log.isEnabledFor(logging.DEBUG) and not handles)
+
     def _tell(self) -> None:
-        # After a lock was given up: what we found and mended while we had it.
+        # After a lock was given up: what we found, mended and evicted while we had it.
+        self._tell_repairs()
+        for cause, kind, data in self._take_notes():
+            key = _shown_key(kind, data)
+            log.debug(
+                "cache %s evicted %s (%s)",
+                self.name,
+                key,
+                L.Cause(cause).name,
+                extra={
+                    "cache": self.name,
+                    "event": "evicted",
+                    "key": key,
+                    "cause": L.Cause(cause).name,
+                },
+            )
+
+    def _tell_repairs(self) -> None:
         for shard, dead, torn, dropped, ns in self._take_news():
             pid = self._attachment.pid(dead) if dead else 0
             log.warning(
@@ -777,6 +874,7 @@ class Cache(Slab):
     def _tend(self, budget: float) -> float:
         # What the sweeper does: expired entries, our noted hits, dead workers' rows.
         self._require_open()
+        self._heed_log_level()
         self._flush_touches()
         self.sweep(budget)
         self._attachment.reap()
@@ -850,59 +948,12 @@ class Cache(Slab):
         """
         self._require_open()
         attachment = self._attachment
-        geometry = attachment.header.geometry
-        settings = self._settings
-        sums = [0] * L.S_COUNTERS_END
-        for shard in range(settings.shards):
-            for i, word in enumerate(self._shard_words(shard)):
-                sums[i] += word
-        counters = attachment.counters()
-        rows = [0] * L.R_COUNTERS + counters
-        removed = {cause.name: sums[L.S_GONE + cause] for cause in L.Cause}
-        return Stats(
-            name=self.name,
-            entries=sums[L.S_ENTRIES],
-            max_entries=settings.max_entries,
-            bytes_used=sums[L.S_BLOCKS_USED] * geometry.block_size,
-            bytes_capacity=geometry.blocks * geometry.shards * geometry.block_size,
-            segment_bytes=geometry.size,
-            hits=sums[L.S_HITS] + rows[L.R_HITS],
-            misses=sums[L.S_MISSES] + rows[L.R_MISSES],
-            sets=sums[L.S_SETS],
-            removed=removed,
-            expired=removed["EXPIRED"],
-            evicted=removed["CAPACITY"],
-            unread=sums[L.S_UNREAD],
-            sweeps=rows[L.R_SWEEPS],
-            sweep_seconds=rows[L.R_SWEEP_NS] / 1e9,
-            too_large=sums[L.S_TOO_LARGE],
-            lock_waits=sums[L.S_LOCK_WAITS],
-            lock_wait_seconds=sums[L.S_LOCK_WAIT_NS] / 1e9,
-            lock_timeouts=sums[L.S_LOCK_TIMEOUTS],
-            recoveries=sums[L.S_RECOVERIES],
-            dropped=sums[L.S_DROPPED],
+        return Stats.of(
+            attachment.header,
+            map(self._shard_words, range(self._settings.shards)),
+            attachment.counters(),
             recovered=attachment.words[L.H_RECOVERED],
-            handles_opened=rows[L.R_OPENED],
-            handles_closed=rows[L.R_CLOSED],
-            callbacks=rows[L.R_CALLBACKS],
-            callback_failures=rows[L.R_CALLBACK_FAILURES],
-            sweep_buckets=_buckets(
-                rows, L.R_SWEEP_BUCKETS, L.SWEEP_BOUNDS, rows[L.R_SWEEPS]
-            ),
-            lock_wait_buckets=_buckets(
-                sums, L.S_LOCK_BUCKETS, L.LOCK_BOUNDS, sums[L.S_LOCK_WAITS]
-            ),
-            eviction_age_buckets=_buckets(
-                sums,
-                L.S_AGE_BUCKETS,
-                L.AGE_BOUNDS,
-                removed["EXPIRED"] + removed["CAPACITY"],
-            ),
-            eviction_age_seconds=(sums[L.S_AGES] << L.STAMP_SHIFT) / 1e9,
-            shards=settings.shards,
             workers=sum(map(attachment.alive, attachment.tokens())),
-            age=(time.time_ns() - attachment.header.created_ns) / 1e9,
-            compiled=compiled,
         )
 
     def _shard_words(self, shard: int) -> tuple[int, ...]:
@@ -1044,6 +1095,13 @@ def _attached(
     codec: Any,
 ) -> Cache:
     return kind.attach(name, lock_timeout=lock_timeout, clock=clock, codec=codec)
+
+
+def _shown_key(kind: int, data: bytes) -> str:
+    try:
+        return repr(decode_key(kind, data))
+    except SegmentCorrupt:
+        return repr(data)
 
 
 def _what_happened(dead: int, pid: int) -> str:

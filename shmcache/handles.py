@@ -722,9 +722,12 @@ class HandleMap:
                 raise KeyError(key)
             record = self._create(key, factory, value, ttl, on_evict, 1)
         try:
+            self._count(L.R_LEASES)
             yield record.handle
         finally:
             self._let_go(local, record)
+            if local is self._local:  # else forked meanwhile, and the parent's to count
+                self._count(L.R_RETURNED)
 
     def discard(self, key: Any) -> bool:
         """Close this worker's handle of a key (DELETED); whether there was one."""
@@ -938,11 +941,25 @@ class HandleMap:
                 )
             except ShmCacheError as error:
                 # A stopped holder, perhaps.  Others bury the entry: our row is freed.
-                log.debug("entry of %r stays behind: %s", record.key, error)
+                log.debug(
+                    "entry of %r stays behind: %s",
+                    record.key,
+                    error,
+                    extra={
+                        "cache": self.name,
+                        "event": "entry left behind",
+                        "key": repr(record.key),
+                    },
+                )
         try:
             self._deliver(local)
         except ShmCacheError as error:
-            log.debug("notices of map %s not read: %s", self.name, error)
+            log.debug(
+                "notices of map %s not read: %s",
+                self.name,
+                error,
+                extra={"cache": self.name, "event": "notices not read"},
+            )
         for record in list(local.numbers.values()):
             self._doom(local, record, Cause.CLOSED)
         for record in list(local.doomed.values()):

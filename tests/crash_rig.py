@@ -658,12 +658,23 @@ def attach_and_leave(name: str) -> None:
 
 # --- handles, as those who remove them die ----------------------------------------
 
+
+def replace_own(handles: shmcache.HandleMap) -> None:
+    for number in range(2):
+        handles.set("own", number)
+
+
+def close_own(handles: shmcache.HandleMap) -> None:
+    handles.set("own", 1)
+    handles.close()
+
+
 HANDLES: dict[str, Callable[[shmcache.HandleMap], object]] = {
     "insert": lambda handles: handles.set("new", "new"),
     "clear": lambda handles: handles.clear(),
     "sweep": lambda handles: handles.sweep(),
-    "replace": lambda handles: [handles.set("own", n) for n in range(2)],
-    "close": lambda handles: (handles.set("own", 1), handles.close()),
+    "replace": replace_own,
+    "close": close_own,
 }
 
 

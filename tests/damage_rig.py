@@ -488,8 +488,8 @@ class RoundsOfHandles(Rounds):
         self.number = 0
         self.closed.clear()
         local = self.map._local
-        local.handles, local.numbers = map(dict, self.kept[:2])
-        local.read = list(self.kept[2])
+        handles, numbers, read = self.kept
+        local.handles, local.numbers, local.read = dict(handles), dict(numbers), read[:]
         local.doomed.clear()
         for record in local.numbers.values():
             record.cause, record.taken, record.leases = None, False, 0

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -387,10 +388,12 @@ def test_slow_callbacks_delay_nobody_else(
 
 def test_close_in_a_callback(make_map: Callable[..., HandleMap]) -> None:
     """A callback that closes the map does not wait for itself."""
-    results = []
-    handles = make_map(
-        on_evict=lambda *_: results.append(handles.close(timeout=PATIENCE))
-    )
+    results: list[bool] = []
+
+    def close(*_: Any) -> None:
+        results.append(handles.close(timeout=PATIENCE))
+
+    handles = make_map(on_evict=close)
     handles["k"] = "h"
     handles.discard("k")
     handles._callbacks.wait(PATIENCE)
@@ -805,7 +808,8 @@ def test_end_of_a_child_of_multiprocessing(
 ) -> None:
     """Children of multiprocessing close what they opened, too."""
     path = str(tmp_path / "closed")
-    child = get_context(method).Process(target=open_one, args=(name, path))
+    context: Any = get_context(method)
+    child = context.Process(target=open_one, args=(name, path))
     child.start()
     child.join(PATIENCE)
     assert child.exitcode == 0
@@ -854,7 +858,7 @@ def live_and_die(link: Connection, name: str, seed: int, path: str) -> None:
         key = dice.randrange(20)
         handle = f"{seed}/{n}"
         if what < 6:
-            with handles.lease(key, lambda handle=handle: opened(write, handle)):
+            with handles.lease(key, partial(opened, write, handle)):
                 pass
         elif what < 10:
             handles.set(key, opened(write, handle))
