@@ -1,6 +1,8 @@
 """A bounded LRU + TTL map shared by all worker processes of a host.
 
-``Cache`` is the map, ``HandleMap`` that of handles; ``errors`` holds what can go wrong.
+``Cache`` is the map, ``HandleMap`` that of handles; ``ConnectionPools``,
+``CorrelationMap`` and ``ConfigCache`` are ready-made of them.  ``errors`` holds what
+can go wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +32,12 @@ from shmcache.errors import (
 )
 
 if TYPE_CHECKING:
-    from shmcache.handles import HandleMap
+    from shmcache._report import report
+    from shmcache._stats_log import log_stats
+    from shmcache.configs import ConfigCache, ConfigSettings
+    from shmcache.correlations import CorrelationMap, CorrelationSettings
+    from shmcache.handles import HandleMap, HandleStats, HostEntry
+    from shmcache.pools import ConnectionPools, PoolSettings
 
 __version__ = "0.1.0"
 
@@ -38,12 +45,20 @@ __all__ = [
     "Cache",
     "CacheClosed",
     "Cause",
+    "ConfigCache",
     "ConfigMismatch",
+    "ConfigSettings",
+    "ConnectionPools",
+    "CorrelationMap",
+    "CorrelationSettings",
     "EntryTooLarge",
     "HandleMap",
+    "HandleStats",
+    "HostEntry",
     "LockTimeout",
     "MsgspecCodec",
     "OutOfSharedMemory",
+    "PoolSettings",
     "ReentrantCall",
     "SegmentCorrupt",
     "SegmentNotFound",
@@ -57,10 +72,24 @@ __all__ = [
     "__version__",
     "compiled",
     "errors",
+    "log_stats",
+    "report",
 ]
 
 # Imported when first asked for: importing the package shall be cheap.
-_LAZY = {"HandleMap": "shmcache.handles"}
+_LAZY = {
+    "ConfigCache": "configs",
+    "ConfigSettings": "configs",
+    "ConnectionPools": "pools",
+    "CorrelationMap": "correlations",
+    "CorrelationSettings": "correlations",
+    "HandleMap": "handles",
+    "HandleStats": "handles",
+    "HostEntry": "handles",
+    "PoolSettings": "pools",
+    "log_stats": "_stats_log",
+    "report": "_report",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -68,6 +97,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    found = getattr(import_module(_LAZY[name]), name)
+    found = getattr(import_module(f"shmcache.{_LAZY[name]}"), name)
     globals()[name] = found
     return found

@@ -181,7 +181,10 @@ def test_cython_is_not_needed_to_run(
 def test_public_names() -> None:
     """What the package offers is a decision, not an accident."""
     expected = {
-        *("Cache", "Stats", "Cause", "HandleMap", "MsgspecCodec"),
+        *("Cache", "Stats", "Cause", "MsgspecCodec"),
+        *("HandleMap", "HandleStats", "HostEntry", "report", "log_stats"),
+        *("ConnectionPools", "PoolSettings", "CorrelationMap", "CorrelationSettings"),
+        *("ConfigCache", "ConfigSettings"),
         *("CacheClosed", "ConfigMismatch", "EntryTooLarge", "LockTimeout"),
         *("OutOfSharedMemory", "ReentrantCall", "SegmentCorrupt", "SegmentNotFound"),
         *("SegmentRefused", "ShmCacheError", "TooManyWorkers", "UnsupportedKey"),

@@ -1,0 +1,75 @@
+"""``ConfigCache`` with a TOML file and a watcher made of the watchfiles package.
+
+python examples/configs_toml.py app.toml      (then edit the file; Ctrl-C ends it)
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+from watchfiles import watch
+
+from shmcache.configs import ConfigCache, ConfigSettings, Version
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def load(path: str) -> dict[str, Any]:
+    """The content of a TOML file."""
+    with open(path, "rb") as file:
+        return tomllib.load(file)
+
+
+class FileWatcher:
+    """Calls ``changed()`` whenever a file has changed, until it is stopped."""
+
+    def __init__(self, path: str, changed: Callable[[], None]) -> None:
+        self._path = path
+        self._changed = changed
+        self._stop = threading.Event()
+        self._watches = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._watches.wait()  # from here on no change is missed
+
+    def _run(self) -> None:
+        options: dict[str, Any] = {"rust_timeout": 200, "yield_on_timeout": True}
+        try:
+            for changes in watch(self._path, stop_event=self._stop, **options):
+                self._watches.set()
+                if changes:
+                    self._changed()
+        finally:
+            self._watches.set()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
+
+
+def tell(path: str, old: Version | None, new: Version) -> None:
+    """Say what has become of a configuration."""
+    print(path, old.value if old else None, "->", new.value, flush=True)
+
+
+def main(path: str) -> None:
+    """Load, watch, and tell of changes."""
+    with ConfigCache(
+        "example-configs", load, settings=ConfigSettings.conservative()
+    ) as configs:
+        configs.watch(path, lambda changed: FileWatcher(path, changed))
+        configs.subscribe(path, tell)
+        configs.get(path)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print(configs.stats().loads, "loads")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

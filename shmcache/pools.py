@@ -1,0 +1,248 @@
+"""Connection pools of all workers of a host, bounded together.
+
+Problem: each worker keeps a pool object for each server that it has ever talked to, so
+4 workers and 1,000 servers are 4,000 pools with open sockets, and none ever goes.
+
+Mechanism: a ``HandleMap`` whose handles are the pools: one for each server and worker,
+the bound for the whole host, the least recently used of all workers first.  The worker
+that owns a pool closes it, with its connections.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shmcache import _layout as L
+from shmcache._report import Component
+from shmcache._slab import ttl_to_ns
+from shmcache.cache import _flag, check_count
+from shmcache.handles import HandleMap, HandleStats, HostEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from shmcache._layout import Cause
+
+# What pools call their end, the most thorough first: urllib3's PoolManager has only
+# clear(), psycopg2's pools closeall(), redis's disconnect(), SQLAlchemy's dispose().
+_ENDINGS = ("close", "closeall", "disconnect", "dispose", "clear")
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """Bounds of the connection pools of a host; times in seconds.
+
+    - ``max_server_pools``: pools of all workers together.
+    - ``server_pool_ttl``: how long a pool may go unused.
+    - ``pool_cleanup_interval``: from sweep to sweep in each worker; an unused pool goes
+      at the first sweep of any worker after its time.
+    - ``enable_pool_metrics``: whether ``shmcache.report()`` includes it.  Counting as
+      such costs nothing: ``stats()``, and collectors given the pools, always work.
+    """
+
+    max_server_pools: int = 1000
+    server_pool_ttl: float = 1800.0
+    pool_cleanup_interval: float = 300.0
+    enable_pool_metrics: bool = True
+
+    def __post_init__(self) -> None:
+        hint = "it is how many pools all workers may have together"
+        check_count(self.max_server_pools, "max_server_pools", 1, L.MAX_INDEX, hint)
+        ttl_to_ns(self.server_pool_ttl, "server_pool_ttl")
+        ttl_to_ns(self.pool_cleanup_interval, "pool_cleanup_interval")
+        _flag(self.enable_pool_metrics, "enable_pool_metrics")
+
+    @classmethod
+    def conservative(cls) -> PoolSettings:
+        """For small hosts: 500 pools, unused for up to 1 h, looked at every 10 min."""
+        return cls(500, 3600.0, 600.0)
+
+    @classmethod
+    def high_throughput(cls) -> PoolSettings:
+        """For busy hosts: 2,000 pools, unused for up to 2 h, looked at every 5 min."""
+        return cls(2000, 7200.0, 300.0)
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Counts of connection pools: the host's and this worker's."""
+
+    pools: HandleStats
+
+    @property
+    def opened(self) -> int:
+        """Pools registered since the start, over all workers, gone ones included."""
+        return self.pools.host.handles_opened
+
+    @property
+    def closed(self) -> int:
+        """Pools that have gone and whose closing has ended, over all workers."""
+        return self.pools.host.handles_closed
+
+
+class ConnectionPools(Component):
+    """One pool for each server and worker; the bound holds for the whole host.
+
+    - ``name``: of the shared map, the same in all workers.
+    - ``settings``: a ``PoolSettings``, the same in all workers.
+    - ``factory``: ``factory(server)`` makes a pool; ``get`` and ``lease`` may be given
+      another one.
+    - ``close``: ``close(pool)`` closes it; left out, the pool's own ``close()``,
+      ``closeall()``, ``disconnect()``, ``dispose()`` or ``clear()``, the first it has.
+    - ``callback_threads``: how many pools may be closed at once in a worker.
+    - ``lock_timeout``, ``clock``: as of ``Cache``.
+
+    A server is named by any key of a ``Cache``: a URL, a DSN, ``(host, port)``.
+    Works as is with the pools of urllib3, requests (sessions), httpx, psycopg_pool.
+    Raises what ``HandleMap`` raises.
+    """
+
+    def __init__(
+        self,
+        name: str = "pools",
+        *,
+        settings: PoolSettings | None = None,
+        factory: Callable[[Any], Any] | None = None,
+        close: Callable[[Any], object] | None = None,
+        callback_threads: int = 2,
+        lock_timeout: float = 5.0,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        settings = PoolSettings() if settings is None else settings
+        if not isinstance(settings, PoolSettings):
+            raise TypeError(
+                f"settings must be PoolSettings, not {settings!r}; for example"
+                " PoolSettings.conservative()"
+            )
+        _require_callable(factory, "factory", "it makes the pool of a server")
+        _require_callable(close, "close", "it is called with the pool to close")
+        made_by = functools.partial(
+            ConnectionPools,
+            name,
+            settings=settings,
+            factory=factory,
+            close=close,
+            callback_threads=callback_threads,
+            lock_timeout=lock_timeout,
+            clock=clock,
+        )
+        super().__init__(name, settings.enable_pool_metrics, made_by)
+        self.settings = settings
+        self._factory = factory
+        self._close = close
+        self._map = HandleMap(
+            name,
+            max_entries=settings.max_server_pools,
+            ttl=settings.server_pool_ttl,
+            sliding=True,
+            cleanup_interval=settings.pool_cleanup_interval,
+            on_evict=self._end,
+            callback_threads=callback_threads,
+            lock_timeout=lock_timeout,
+            clock=clock,
+        )
+        self._opened({"pools": self._map})
+
+    def get(self, server: Any, factory: Callable[[Any], Any] | None = None) -> Any:
+        """This worker's pool of a server, made when there is none.  A use.
+
+        Of many threads that ask at once, one makes it.  The pool may be closed any time
+        another worker needs the room: who cannot do with that takes a ``lease``.
+        What the factory raises reaches the caller, and nothing is registered.
+        """
+        pool = self._map.get(server)
+        if pool is not None and factory is None:
+            return pool
+        return self._map.get_or_create(server, self._maker(server, factory))
+
+    @contextmanager
+    def lease(
+        self, server: Any, factory: Callable[[Any], Any] | None = None
+    ) -> Iterator[Any]:
+        """As ``get``, and the pool stays open until the block ends, even if evicted."""
+        with self._map.lease(server, self._maker(server, factory)) as pool:
+            yield pool
+
+    def discard(self, server: Any) -> bool:
+        """Close this worker's pool of a server; whether there was one."""
+        return self._map.discard(server)
+
+    def clear(self) -> int:
+        """Close all pools of all workers; how many.
+
+        The other workers' within some 40 ms, by themselves.
+        """
+        return self._map.clear()
+
+    def host(self) -> list[HostEntry]:
+        """The pools of all workers: server, PID, age, time left."""
+        return self._map.host()
+
+    def __contains__(self, server: Any) -> bool:
+        """Whether this worker has a pool of a server; not a use."""
+        return server in self._map
+
+    def __len__(self) -> int:
+        """How many pools this worker has."""
+        return len(self._map)
+
+    def __bool__(self) -> bool:
+        """True: without pools it is not nothing."""
+        return True
+
+    def stats(self) -> PoolStats:
+        """Counts of the host and of this worker.  O(shards + workers + own pools)."""
+        return PoolStats(pools=self._map.stats())
+
+    def _maker(self, server: Any, factory: Any) -> Callable[[], Any]:
+        _require_callable(factory, "factory", "it makes the pool of a server")
+        make = factory or self._factory
+        if make is None:
+            return functools.partial(_no_factory, server)
+        return functools.partial(self._make, server, make)
+
+    def _make(self, server: Any, factory: Callable[[Any], Any]) -> Any:
+        pool = factory(server)
+        if pool is None:
+            raise ValueError(
+                f"the factory returned None for server {server!r}; it must return the"
+                " pool"
+            )
+        if self._close is None:
+            _ending(pool)  # who cannot be closed is refused now
+        return pool
+
+    def _end(self, _: Any, pool: Any, __: Cause) -> None:
+        if self._close is not None:
+            self._close(pool)
+        else:
+            _ending(pool)()
+
+
+def _ending(pool: Any) -> Callable[[], object]:
+    # How a pool is closed when nobody says.
+    for name in _ENDINGS:
+        method: Callable[[], object] | None = getattr(pool, name, None)
+        if callable(method) and not inspect.iscoroutinefunction(method):
+            return method
+    raise TypeError(
+        f"a {type(pool).__qualname__} has none of {', '.join(_ENDINGS)} that could be"
+        " called in a thread; say by close= how it is closed (an asynchronous one:"
+        " run_coroutine_threadsafe(pool.aclose(), loop).result())"
+    )
+
+
+def _no_factory(server: Any) -> Any:
+    raise TypeError(
+        f"there is no pool of {server!r} yet, and nothing to make one: give"
+        " ConnectionPools, or this call, a factory"
+    )
+
+
+def _require_callable(value: Any, what: str, why: str) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{what} must be callable, not {value!r}: {why}")
