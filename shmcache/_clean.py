@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from shmcache import _check, _segment, _workers
 from shmcache import _layout as L
 from shmcache._segment import SHM_DIR, Names
-from shmcache.errors import SegmentNotFound, SegmentRefused
+from shmcache.errors import SegmentNotFound, SegmentRefused, ShmCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,12 +152,12 @@ def check(name: str) -> list[str]:
         if size < _check.HEADER_SIZE:
             return [f"segment: {size} bytes, fewer than a header has"]
         with mmap.mmap(fd, size, prot=mmap.PROT_READ) as memory:
-            return _findings(memory, size)
+            return _findings(memory, size, name)
     finally:
         os.close(fd)
 
 
-def _findings(memory: mmap.mmap, size: int) -> list[str]:
+def _findings(memory: mmap.mmap, size: int, name: str) -> list[str]:
     head = memory[: _check.HEADER_SIZE]
     findings = _check.check_header(head)
     header = _check.read_header(head)
@@ -166,7 +166,8 @@ def _findings(memory: mmap.mmap, size: int) -> list[str]:
         return findings  # so there is no telling where the shards are
     if size != g.size:
         return [f"segment: {size} bytes, but its plan has {g.size}"]
-    for shard, data in _shards(memory, g):
+    for shard, copied in _shards(memory, g):
+        data = copied or _locked_copy(name, shard, g.stride)
         if data is None:
             findings.append(
                 f"shard {shard}: its writer is in the midst of a write for too long to"
@@ -175,6 +176,24 @@ def _findings(memory: mmap.mmap, size: int) -> list[str]:
         else:
             findings += _check.check_shard(data, header, shard, quiescent=False)
     return findings
+
+
+def _locked_copy(name: str, shard: int, size: int) -> bytes | None:
+    # Of a shard that is written to all the time there is no moment without a writer:
+    # as one of its users we have a copy made under the lock.  None of the dead's.
+    from shmcache.cache import Cache
+
+    lease = _workers.Lease(Names.of(name), create=False)
+    try:
+        if not lease.in_use():
+            return None
+        with Cache.attach(name, lock_timeout=2) as cache:
+            data: bytes = cache._snapshot(shard, 0, size)
+            return data
+    except (ShmCacheError, ValueError):  # a stopped writer; a codec not known here
+        return None
+    finally:
+        lease.close()
 
 
 def _shards(memory: mmap.mmap, g: L.Geometry) -> Iterator[tuple[int, bytes | None]]:
