@@ -5,6 +5,7 @@ python examples/configs_toml.py app.toml      (then edit the file; Ctrl-C ends i
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import tomllib
@@ -30,26 +31,33 @@ class FileWatcher:
     def __init__(self, path: str, changed: Callable[[], None]) -> None:
         self._path = path
         self._changed = changed
+        self._seen = stamp(path)  # a change from here on is not missed
         self._stop = threading.Event()
-        self._watches = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self._watches.wait()  # from here on no change is missed
 
     def _run(self) -> None:
-        options: dict[str, Any] = {"rust_timeout": 200, "yield_on_timeout": True}
-        try:
-            for changes in watch(self._path, stop_event=self._stop, **options):
-                self._watches.set()
-                if changes:
-                    self._changed()
-        finally:
-            self._watches.set()
+        # Each second without a change it looks for itself: watchfiles forgets what
+        # comes in just as it reports that nothing has.
+        options: dict[str, Any] = {"rust_timeout": 1000, "yield_on_timeout": True}
+        for changes in watch(self._path, stop_event=self._stop, **options):
+            seen, self._seen = self._seen, stamp(self._path)
+            if changes or self._seen != seen:
+                self._changed()
 
     def stop(self) -> None:
         """End the thread."""
         self._stop.set()
         self._thread.join()
+
+
+def stamp(path: str) -> tuple[int, int, int] | None:
+    """What differs between two states of a file; None when there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def tell(path: str, old: Version | None, new: Version) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,8 @@ def test_configs(tmp_path: Path) -> None:
         text=True,
     ) as example:
         assert example.stdout is not None
+        overdue = threading.Timer(PATIENCE, example.kill)
+        overdue.start()
         try:
             first = example.stdout.readline()
             with path.open("r+") as file:  # in one piece: never seen empty
@@ -80,6 +83,7 @@ def test_configs(tmp_path: Path) -> None:
             rest = example.stdout.read()
             code = example.wait(PATIENCE)
         finally:
+            overdue.cancel()
             example.kill()
     assert f"{path} None -> {{'n': 1}}\n" == first
     assert f"{path} {{'n': 1}} -> {{'n': 2}}\n" == second
