@@ -11,12 +11,17 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import count
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
+import psutil
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,6 +34,7 @@ from shmcache.prometheus import CacheCollector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from conftest import Clock
 
@@ -763,6 +769,98 @@ def test_dashboard_queries_are_promql(tmp_path: Any) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout
+
+
+class Traffic:
+    """A collector of nothing: a little work before each scrape, and a count of them."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self.scrapes = threading.Semaphore(0)
+
+    def collect(self) -> list[Any]:
+        """What Prometheus's library calls at a scrape."""
+        self._work()
+        self.scrapes.release()
+        return []
+
+
+@contextmanager
+def prometheus_watching(port: int, folder: Path) -> Iterator[psutil.Process]:
+    """A Prometheus that scrapes a port of this machine five times a second."""
+    program = shutil.which("prometheus")
+    if not program:
+        pytest.skip("prometheus is not installed")
+    target = {"targets": [f"127.0.0.1:{port}"]}
+    config = {
+        "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
+        "scrape_configs": [{"job_name": "workers", "static_configs": [target]}],
+    }
+    path = folder / "prometheus.yml"
+    path.write_text(json.dumps(config))
+    options = (
+        *(f"--config.file={path}", f"--storage.tsdb.path={folder / 'data'}"),
+        *("--web.listen-address=127.0.0.1:0", "--log.level=error"),
+    )
+    with subprocess.Popen([program, *options]) as process:
+        try:
+            yield psutil.Process(process.pid)
+        finally:
+            process.kill()
+
+
+def answer(prometheus: psutil.Process, query: str) -> list[float]:
+    """The values that a Prometheus answers a query with, cache by cache."""
+    (port,) = (
+        connection.laddr.port
+        for connection in prometheus.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    )
+    asked = urlencode({"query": query})
+    with urlopen(f"http://127.0.0.1:{port}/api/v1/query?{asked}", timeout=60) as reply:
+        return [float(one["value"][1]) for one in json.load(reply)["data"]["result"]]
+
+
+@pytest.mark.once
+def test_prometheus_answers_the_dashboard(
+    make_cache: Callable[..., Cache], name: str, tmp_path: Path
+) -> None:
+    """A real Prometheus scrapes the metrics, and answers every query of the dashboard
+    with figures of what was done.
+    """
+    cache = make_cache(max_entries=4)
+    turns = count()
+
+    def work() -> None:
+        for n in range(10):
+            cache.set((next(turns), n), n)
+            cache.get("absent" if n else next(iter(cache)))
+        handles[next(turns)] = object()
+
+    with HandleMap(name, max_entries=4) as handles:
+        traffic = Traffic(work)
+        registry = CollectorRegistry()
+        registry.register(traffic)
+        registry.register(CacheCollector(cache, handles))
+        httpd, serving = start_http_server(0, "127.0.0.1", registry)
+        try:
+            with prometheus_watching(httpd.server_port, tmp_path) as prometheus:
+                # When a scrape begins, those before it have been stored.
+                for _ in range(6):
+                    assert traffic.scrapes.acquire(timeout=60)
+                for query in queries(dashboard()):
+                    if not query.startswith("label_values"):
+                        asked = query.replace("$__rate_interval", "1m")
+                        assert answer(prometheus, asked.replace("$cache", ".+")), query
+                entries = f'shmcache_entries{{cache="{cache.name}"}}'
+                assert [4.0] == answer(prometheus, entries)
+                ratio = queries(dashboard())[0].replace("$__rate_interval", "1m")
+                found = answer(prometheus, ratio.replace("$cache", cache.name))
+                assert [pytest.approx(0.1)] == found
+        finally:
+            httpd.shutdown()
+            serving.join()
+            httpd.server_close()
 
 
 @pytest.mark.once
