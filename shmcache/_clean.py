@@ -79,16 +79,11 @@ def _look(name: str, files: list[str]) -> Found:
 
 def _in_use(names: Names) -> bool:
     # Also while somebody creates it, or takes it into use again.
-    if names.segment in _workers._attachments:
-        return True  # to open the lease file once more, and close it, would free ours
     try:
-        lease = _workers.Lease(names, create=False)
+        with _workers.Lease.opened(names, create=False) as lease:
+            return lease.in_use() or lease.holder(_workers._ADMIN) is not None
     except FileNotFoundError:
         return False
-    try:
-        return lease.in_use() or lease.holder(_workers._ADMIN) is not None
-    finally:
-        lease.close()
 
 
 def _persists(names: Names) -> bool:
@@ -113,27 +108,24 @@ def remove(name: str, *, force: bool = False) -> bool:
     Raises SegmentRefused for files that are not safely ours.
     """
     names = Names.of(name)
-    if names.segment in _workers._attachments:
-        return False
-    lease = _workers.Lease(names)
-    try:
+    with _workers.mutex(), _workers.Lease.opened(names) as lease:
         if force:
             lease.wait(_workers._ADMIN, f"cache {name!r}")
         elif not lease.try_lock(_workers._ADMIN):
             return False
-        # Not current: somebody else has removed it, and it may be a new one by now.
-        if not lease.current() or (lease.in_use() and not force):
-            return False
         try:
+            # Not current: somebody else has removed it, and it may be a new one by now.
+            if not lease.current() or (lease.in_use() and not force):
+                return False
             _segment.remove(names)
+            os.unlink(names.lease_path)
         except IsADirectoryError as error:
             raise SegmentRefused(
                 f"{names.segment_path} is a directory and so none of a cache's files:"
                 " find out who put it there, and remove it"
             ) from error
-        os.unlink(names.lease_path)
-    finally:
-        lease.close()
+        finally:
+            lease.unlock(_workers._ADMIN)
     return True
 
 
@@ -183,17 +175,15 @@ def _locked_copy(name: str, shard: int, size: int) -> bytes | None:
     # as one of its users we have a copy made under the lock.  None of the dead's.
     from shmcache.cache import Cache
 
-    lease = _workers.Lease(Names.of(name), create=False)
-    try:
+    with _workers.Lease.opened(Names.of(name), create=False) as lease:
         if not lease.in_use():
             return None
-        with Cache.attach(name, lock_timeout=2) as cache:
-            data: bytes = cache._snapshot(shard, 0, size)
-            return data
-    except (ShmCacheError, ValueError):  # a stopped writer; a codec not known here
-        return None
-    finally:
-        lease.close()
+        try:
+            with Cache.attach(name, lock_timeout=2) as cache:
+                data: bytes = cache._snapshot(shard, 0, size)
+                return data
+        except (ShmCacheError, ValueError):  # a stopped writer; a codec not known here
+            return None
 
 
 def _shards(memory: mmap.mmap, g: L.Geometry) -> Iterator[tuple[int, bytes | None]]:

@@ -173,13 +173,11 @@ class Segment:
             return header, str(error)
 
     def _open_lease(self) -> tuple[_workers.Lease | None, int]:
-        # And our own token.  To open the file once more, and close it, would free the
-        # locks of a process that is attached.
+        # And the token of this process if it is attached: its locks it cannot see.
         ours = _workers._attachments.get(self.names.segment)
-        if ours is not None:
-            return ours.lease, ours.token
         try:
-            return _workers.Lease(self.names, create=False), 0
+            lease = _workers.Lease.open(self.names, self, create=False)
+            return lease, ours.token if ours else 0
         except FileNotFoundError:
             return None, 0
         except SegmentRefused as error:
@@ -192,8 +190,8 @@ class Segment:
             view.release()
         with contextlib.suppress(BufferError):  # an exception's frames still have views
             self._map.close()
-        if self._lease is not None and not self._ours:
-            self._lease.close()
+        if self._lease is not None:
+            self._lease.close(self)
 
     def __enter__(self) -> Self:
         return self

@@ -11,8 +11,9 @@ and an incarnation that is never used again, so a row handed on is not mistaken 
 its former owner.  PIDs are written down for people only.
 
 The trap of record locks is that closing *any* descriptor of the file drops all the
-locks that the process has on it.  So a process opens a segment's lease file once:
-all its Cache objects of that name share one Attachment, found in ``_attachments``.
+locks that the process has on it.  So a process has each lease file open once, as one
+Lease, found in ``_leases``; and all its Cache objects of one name share one Attachment,
+found in ``_attachments``.
 
 Fork is noticed without hooks, as some servers fork in C: ``guard`` is a page that
 the kernel wipes in the child (MADV_WIPEONFORK) and that else holds the token.
@@ -48,6 +49,7 @@ from shmcache.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from shmcache._block import Block
     from shmcache._segment import Header, Names, Settings
@@ -69,9 +71,12 @@ _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length,
 
 
 class Lease:
-    """The open lease file of a segment, and the kernel locks on its bytes."""
+    """The open lease file of a segment, and the kernel locks on its bytes.
 
-    def __init__(self, names: Names, *, create: bool = True) -> None:
+    One object for each file in a process, whoever uses it: see ``open``.
+    """
+
+    def __init__(self, names: Names, *, create: bool) -> None:
         self._path = names.lease_path
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_CREAT * create
         self.is_new = create
@@ -80,8 +85,49 @@ class Lease:
         except FileExistsError:
             self.is_new = False
             self.fd = _segment.open_own(self._path, flags)
-        self._file = _segment.identity(self.fd)
-        self.inode = os.fstat(self.fd).st_ino
+        file = os.fstat(self.fd)
+        self.inode = file.st_ino
+        self._file = file.st_dev, file.st_ino
+        self._users: set[object] = set()
+        self._pid = 0
+        self._rows: dict[int, object] = {}  # of this process, and which user has them
+        self._depth = 0  # of the admin lock
+
+    @classmethod
+    def open(cls, names: Names, user: object, *, create: bool = True) -> Lease:
+        """The lease file that has the name, for a user who will ``close`` it.
+
+        Raises FileNotFoundError, SegmentRefused, OSError.
+        """
+        with mutex():
+            self = _leases.get(_segment.identity(names.lease_path))
+            if not self or not self.intact():
+                self = cls(names, create=create)
+                _leases[self._file] = self
+            self._users.add(user)
+            return self
+
+    @classmethod
+    @contextmanager
+    def opened(cls, names: Names, *, create: bool = True) -> Iterator[Lease]:
+        """The same for the time of a block."""
+        user = object()
+        self = cls.open(names, user, create=create)
+        try:
+            yield self
+        finally:
+            self.close(user)
+
+    def close(self, user: object) -> None:
+        """Free the user's row, and with its last user the file; fine to repeat."""
+        with mutex():
+            self.free_row(user)
+            self._users.discard(user)
+            if not self._users and self.intact():
+                os.close(self.fd)
+                self.fd = -1
+                if _leases.get(self._file) is self:
+                    del _leases[self._file]
 
     def intact(self) -> bool:
         """Whether the descriptor is still ours.
@@ -118,8 +164,9 @@ class Lease:
         return None if kind == fcntl.F_UNLCK else max(0, pid)
 
     def in_use(self) -> bool:
-        """Whether another process has a worker row."""
-        return self.holder(_ROW, L.ROWS) is not None
+        """Whether a process, this one included, has a worker row."""
+        self._notice_fork()
+        return bool(self._rows) or self.holder(_ROW, L.ROWS) is not None
 
     def wait(self, byte: int, what: str) -> None:
         """Lock a byte; LockTimeout, naming the holder, after ADMIN_TIMEOUT."""
@@ -134,10 +181,56 @@ class Lease:
             time.sleep(pause)
             pause = min(pause * 1.5, 0.01)
 
-    def close(self) -> None:
-        if self.intact():
-            os.close(self.fd)
-            self.fd = -1
+    def take_row(self, row: int, user: object) -> bool:
+        """Lock a row for a user, unless anybody has it."""
+        self._notice_fork()
+        # The kernel would give this process a lock that it has once more.
+        if self._rows.setdefault(row, user) is not user:
+            return False
+        if self.try_lock(_ROW + row):
+            return True
+        del self._rows[row]
+        return False
+
+    def free_row(self, user: object) -> None:
+        """Unlock the row that a user has in this process, if any."""
+        self._notice_fork()
+        for row in [row for row, owner in self._rows.items() if owner is user]:
+            if self.intact():
+                self.unlock(_ROW + row)
+            del self._rows[row]
+
+    @contextmanager
+    def admin(self, what: str) -> Iterator[None]:
+        """Hold the admin lock; the caller holds ``mutex()``, as may be nested."""
+        self._notice_fork()
+        outer = self._depth
+        try:
+            try:
+                if outer == 0:
+                    self.wait(_ADMIN, what)
+                self._depth = outer + 1
+                yield
+            finally:
+                self._end_admin(outer)
+        finally:
+            # Again, as what a signal handler raises may strike in the first.
+            self._end_admin(outer)
+
+    def _end_admin(self, outer: int) -> None:
+        self._depth = outer
+        if outer == 0 and self.intact():
+            self.unlock(_ADMIN)
+
+    def _notice_fork(self) -> None:
+        # A child has none of its parent's locks.
+        if self._pid != os.getpid():
+            self._rows = {}
+            self._depth = 0
+            self._pid = os.getpid()
+
+
+_leases: dict[tuple[int, int] | None, Lease] = {}
 
 
 # One mutex a process: a lock inherited through fork may be held by a thread that
@@ -168,19 +261,17 @@ def _referred(names: Names) -> Attachment | None:
 class Attachment:
     """One segment as one process, and each process forked from it, uses it."""
 
-    def __init__(self, names: Names, lease: Lease) -> None:
+    def __init__(self, names: Names) -> None:
         self.names = names
-        self.lease = lease
         self.block: Block
         self.header: Header
         self.words: memoryview
         self.references = 0
-        self._admin_depth = 0
-        self._admin_pid = 0
         self._guard_page, self.guard = _fork_guard()
         self.token = 0
         self.row = 0
         self._leaver = 0
+        self.lease = Lease.open(names, self)
         # What the interpreted engine and get_or_set must know of our threads: who is
         # inside which shard, or about to be, and who computes which key.
         self.owners: dict[int, int] = {}
@@ -218,35 +309,20 @@ class Attachment:
                     known.release()
                     raise
                 known.release()
-            self = cls._opened(names)
-            try:
-                self._find_or_create(settings, now, prepare)
-            except BaseException:
-                self._remove_lone_lease()
-                self._close_files()
-                raise
-            self._release_admin()
-            self.references = 1
-            _attachments[names.segment] = self
-            return self
-
-    @classmethod
-    def _opened(cls, names: Names) -> Attachment:
-        # The admin lock of the lease file that has the name: whoever locked one that
-        # was removed meanwhile tries again.
-        while True:
-            lease = Lease(names)
-            try:
-                lease.wait(_ADMIN, f"cache {names.cache!r}")
-            except BaseException:
-                lease.close()
-                raise
-            if lease.current():
-                attachment = cls(names, lease)
-                attachment._admin_depth = 1
-                attachment._admin_pid = os.getpid()
-                return attachment
-            lease.close()
+            while True:
+                self = cls(names)
+                try:
+                    with self.admin():
+                        # Whoever locked one that was removed meanwhile tries again.
+                        if self.lease.current():
+                            self._find_or_create(settings, now, prepare)
+                            self.references = 1
+                            _attachments[names.segment] = self
+                            return self
+                except BaseException:
+                    self._end()
+                    raise
+                self._end()
 
     def _find_or_create(
         self,
@@ -254,11 +330,24 @@ class Attachment:
         now: int,
         prepare: Callable[[Attachment], None],
     ) -> None:
+        try:
+            warm = self._find(settings, now)
+            self.words = self.block.view.cast("Q")
+            if warm:
+                self._reset()
+            self.enter()
+            if warm:
+                prepare(self)
+        except BaseException:
+            self._remove_lone_lease()
+            raise
+
+    def _find(self, settings: Settings | None, now: int) -> bool:
+        # The segment, made if need be; whether it was left by others.
         from shmcache._block import Block
 
         names = self.names
         in_use = self.lease.holder(_ROW, L.ROWS) is not None
-        warm = False
         try:
             self.block = Block(names)
             self.header = _segment.read_header(names, self.block.view)
@@ -270,22 +359,18 @@ class Attachment:
                     " create it with Cache(name, ...)"
                 ) from None
             self._create(settings, now)
+            return False
         except SegmentCorrupt:
             if in_use or not self._unfinished():
                 raise
             self._replace(settings, now, "its creator died")
-        else:
-            if not in_use and not self.header.settings.persist:
-                self._replace(settings, now, "all its users died")
-            elif settings:
-                self.header.settings.require_same(settings, names.cache)
-            warm = not in_use and self.header.settings.persist
-        self.words = self.block.view.cast("Q")
-        if warm:
-            self._reset()
-        self.enter()
-        if warm:
-            prepare(self)
+            return False
+        if not in_use and not self.header.settings.persist:
+            self._replace(settings, now, "all its users died")
+            return False
+        if settings:
+            self.header.settings.require_same(settings, names.cache)
+        return not in_use
 
     def _unfinished(self) -> bool:
         # No magic word: a creator was killed before it was done.
@@ -360,17 +445,12 @@ class Attachment:
                 if self.touches:  # they are of the process that forked us
                     for shard in range(len(self.touches[2])):
                         self.touches[2][shard] = 0
-                row = self._free_row()
-                self.row = (L.ROWS_AT + row * L.ROW_SIZE) // 8
-                self.words[L.H_INCARNATION] += 1
-                incarnation = self.words[L.H_INCARNATION] & 0xFFFF_FFFF_FFFF
-                token = incarnation << 16 | (row + 1)
-                self.words[self.row + L.R_PID] = os.getpid()
-                self.words[self.row + L.R_STARTED] = time.time_ns()
-                self.words[self.row + L.R_TOKEN] = token
-                self.token = token
-                self.guard[0] = token
-                self._provide_for_exit()
+                try:
+                    self._take_row()
+                except BaseException:
+                    if not self.entered():
+                        self.lease.free_row(self)
+                    raise
         _leave_at_exit()
         log.debug(
             "worker %d attached to cache %s",
@@ -378,6 +458,19 @@ class Attachment:
             self.names.cache,
             extra={"cache": self.names.cache, "event": "attached", "pid": os.getpid()},
         )
+
+    def _take_row(self) -> None:
+        row = self._free_row()
+        self._provide_for_exit()
+        self.row = (L.ROWS_AT + row * L.ROW_SIZE) // 8
+        self.words[L.H_INCARNATION] += 1
+        incarnation = self.words[L.H_INCARNATION] & 0xFFFF_FFFF_FFFF
+        token = incarnation << 16 | (row + 1)
+        self.words[self.row + L.R_PID] = os.getpid()
+        self.words[self.row + L.R_STARTED] = time.time_ns()
+        self.words[self.row + L.R_TOKEN] = token
+        self.token = token
+        self.guard[0] = token
 
     def _provide_for_exit(self) -> None:
         if self.header.settings.persist:
@@ -393,7 +486,7 @@ class Attachment:
         for _ in range(2):
             for row in range(L.ROWS):
                 token = self.words[(L.ROWS_AT + row * L.ROW_SIZE) // 8 + L.R_TOKEN]
-                if token == 0 and self.lease.try_lock(_ROW + row):
+                if token == 0 and self.lease.take_row(row, self):
                     return row
             self.reap()
         raise TooManyWorkers(
@@ -405,8 +498,11 @@ class Attachment:
         """One user less; with the last one this process leaves the segment."""
         with mutex():
             self.references -= 1
-            if self.references > 0:
-                return
+            if self.references <= 0:
+                self._end()
+
+    def _end(self) -> None:
+        try:
             if _attachments.get(self.names.segment) is self:
                 del _attachments[self.names.segment]
             if self.entered():
@@ -419,6 +515,7 @@ class Attachment:
                         self.names.cache,
                         extra={"cache": self.names.cache, "event": "lease lost"},
                     )
+        finally:
             self._close_files()
 
     def _leave(self) -> None:
@@ -429,12 +526,12 @@ class Attachment:
             self._fold(row)
             # Still under the admin lock: else two that leave together would each see
             # the other's lease, and neither would be the last.
-            self.lease.unlock(_ROW + row)
-            if self.header.settings.persist or not self.lease.current():
+            self.lease.free_row(self)
+            if self.header.settings.persist or not self.usable():
                 return
             if self.lease.holder(_ROW, L.ROWS) is None:
                 try:
-                    _segment.remove(self.names, self.header.geometry.shards)
+                    _segment.remove(self.names)
                     self._remove_lease()
                 except PermissionError as error:
                     # This process has become another user's since.
@@ -451,7 +548,7 @@ class Attachment:
         if (
             self.lease.current()
             and (self.lease.is_new or not os.path.lexists(self.names.segment_path))
-            and self.lease.holder(_ROW, L.ROWS) is None
+            and not self.lease.in_use()
         ):
             self._remove_lease()
 
@@ -459,41 +556,29 @@ class Attachment:
         os.unlink(self.names.lease_path)
 
     def _close_files(self) -> None:
-        # Closing the lease file frees all our locks on it, the row's among them.
-        self._admin_depth = 0
-        left_before_exit(self._leaver, self.lease.fd)
-        self.words = _segment.Gone()  # type: ignore[assignment]
-        if hasattr(self, "block"):
-            self.block.close()
-        self.lease.close()
+        try:
+            try:
+                left_before_exit(self._leaver, self.lease.fd)
+                self.words = _segment.Gone()  # type: ignore[assignment]
+                if hasattr(self, "block"):
+                    self.block.close()
+            finally:
+                self.lease.close(self)
+        finally:
+            self.lease.close(self)  # again, for the reason given in Lease.admin
 
     def unlink(self) -> None:
         """Remove the names; processes that are attached keep what they have."""
         with mutex(), self.admin():
             if self.lease.current():
-                _segment.remove(self.names, self.header.geometry.shards)
+                _segment.remove(self.names)
                 self._remove_lease()
 
-    # --- admin lock -----------------------------------------------------------------
+    # --- locks ------------------------------------------------------------------------
 
-    @contextmanager
-    def admin(self) -> Iterator[None]:
+    def admin(self) -> AbstractContextManager[None]:
         """Hold the admin lock; the caller holds ``mutex()``, as may be nested."""
-        if self._admin_pid != os.getpid():
-            self._admin_depth = 0
-            self._admin_pid = os.getpid()
-        if self._admin_depth == 0:
-            self.lease.wait(_ADMIN, f"cache {self.names.cache!r}")
-        self._admin_depth += 1
-        try:
-            yield
-        finally:
-            self._release_admin()
-
-    def _release_admin(self) -> None:
-        self._admin_depth -= 1
-        if self._admin_depth == 0:
-            self.lease.unlock(_ADMIN)
+        return self.lease.admin(f"cache {self.names.cache!r}")
 
     @contextmanager
     def recovery(self, shard: int) -> Iterator[None]:

@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -61,6 +62,10 @@ def pytest_configure(config: pytest.Config) -> None:
         for complaint in stale():
             remedy = "rm -rf build && .venv/bin/pip install '.[test]'"
             raise pytest.UsageError(f"{complaint}; run: {remedy}")
+    # A shell that starts this in the background has SIGINT ignored, and programs that
+    # tests start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # No timing is asserted, and machines that run tests are busy.
     hypothesis.settings.register_profile(
         "shmcache",

@@ -24,6 +24,7 @@ import sys
 import termios
 import textwrap
 import time
+from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -52,14 +53,16 @@ from shmcache import (
     LockTimeout,
     SegmentCorrupt,
     SegmentRefused,
+    _block,
     _check,
+    _segment,
     _workers,
 )
 from shmcache import _layout as L
 from shmcache._slab import Slab
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from multiprocessing.connection import Connection
     from types import FrameType
 
@@ -467,6 +470,46 @@ def test_4_death_of_a_holder_is_noticed_although_its_child_lives(
     is_sound(cache)
 
 
+def test_4_orphan_lives_on_in_the_cache_that_followed(name: str) -> None:
+    """A child whose parent was killed, who joins the cache that others have made in
+    place of theirs and then closes the old one, is alive in the eyes of the others."""
+
+    def be_killed(link: Connection) -> None:
+        old = Cache(name, max_entries=10)
+        old["old"] = 1
+
+        def join_anew(_: Connection) -> None:
+            link.recv()
+            new = Cache(name, max_entries=10)
+            old.close()
+            link.send(new._attachment.token)
+            link.recv()
+            new["new"] = 2
+            new.close()
+
+        link.send(Peer(join_anew).pid)
+        signal.pause()
+
+    parent = Peer(be_killed)
+    child = parent.hear()
+    os.kill(parent.pid, signal.SIGKILL)
+    os.waitpid(parent.pid, 0)
+    with Cache(name, max_entries=10) as cache:
+        assert len(cache) == 0
+        parent.say()
+        token = parent.hear()
+        assert (True, child) == (
+            cache._attachment.alive(token),
+            cache._attachment.pid(token),
+        )
+        parent.say()
+        assert 0 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert cache["new"] == 2
+        assert cache.check() == []
+    parent.link.close()
+    assert names_of(name) == []
+
+
 # --- 5. exceptions out of signal handlers ---------------------------------------
 
 
@@ -475,21 +518,31 @@ class Strike(BaseException):
 
 
 class Striker:
-    """A trace function that raises before the n-th line, or bytecode, of the engine."""
+    """A trace function that raises before the n-th line, or bytecode, of some files.
 
-    def __init__(self, n: int, what: str) -> None:
+    A line is counted ``often`` times at most, as loops are long.
+    """
+
+    def __init__(
+        self, n: int, what: str, files: Collection[str | None], often: int = sys.maxsize
+    ) -> None:
         self.left = n
         self._what = what
-        self._file = inspect.getsourcefile(Slab)
+        self._files = files
+        self._often = often
+        self._visits: Counter[tuple[str, int]] = Counter()
 
     def __call__(self, frame: FrameType, event: str, _argument: object) -> Any:
         """What sys.settrace wants."""
-        if frame.f_code.co_filename != self._file:
+        if frame.f_code.co_filename not in self._files:
             return None
         frame.f_trace_opcodes = self._what == "opcode"
         if event == self._what:
-            self.left -= 1
+            line = frame.f_code.co_filename, frame.f_lineno
+            self._visits[line] += 1
+            self.left -= self._visits[line] <= self._often
             if self.left == 0:
+                self.left = -1
                 raise Strike
         return self
 
@@ -527,7 +580,7 @@ class Stage:
     def strike(self, n: int, what: str) -> bool:
         """Run the scenario up to the n-th line or bytecode; False if it has fewer."""
         self.restore()
-        sys.settrace(Striker(n, what))
+        sys.settrace(Striker(n, what, {inspect.getsourcefile(Slab)}))
         try:
             self.scenario.act(self.cache, self.clock, self.keys)
         except Strike:
@@ -641,6 +694,105 @@ def test_5_others_write_after_an_exception(make_cache: Callable[..., Cache]) -> 
     peer.say(None)
     peer.end()
     stage.semaphore.close()
+
+
+def come_and_go(cache: Cache) -> None:
+    """What a process does that uses a cache once."""
+    with cache:
+        cache["k"] = 1
+
+
+def reap_and_go(name: str) -> None:
+    """What a process does that notices deaths."""
+    with Cache.attach(name) as cache:
+        cache._attachment.reap()
+
+
+def unlink_and_go(name: str) -> None:
+    """What a process does that wants to start anew."""
+    with Cache.attach(name) as cache:
+        cache.unlink()
+
+
+def die_attached(name: str) -> None:
+    """A worker that was killed has left its row."""
+
+    def attach_and_die(_: Connection) -> None:
+        Cache.attach(name)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Peer(attach_and_die).end(-signal.SIGKILL)
+
+
+# What is struck, and whether the cache is there before.
+MEMBERSHIP: dict[str, tuple[Callable[[str], object], bool]] = {
+    "create": (lambda name: come_and_go(Cache(name, max_entries=10)), False),
+    "warm": (lambda name: come_and_go(Cache(name, **PERSISTENT)), False),
+    "attach": (lambda name: come_and_go(Cache.attach(name)), True),
+    "reap": (reap_and_go, True),
+    "unlink": (unlink_and_go, True),
+}
+PERSISTENT: dict[str, Any] = {"max_entries": 10, "persist": True}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("what", MEMBERSHIP)
+def test_5_exception_while_coming_or_going(
+    name: str, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """An exception at any line of creating, attaching, reaping, leaving or removing
+    hinders nobody: others come and go although the process that was struck does
+    nothing more, it can try again, and when it ends nothing is left of it."""
+    act, there = MEMBERSHIP[what]
+    files = {module.__file__ for module in (_workers, _segment, _block)}
+    monkeypatch.setattr(_workers, "ADMIN_TIMEOUT", 5.0)
+
+    def body(link: Connection) -> None:
+        while numbered := link.recv():
+            n, now = numbered
+            sys.settrace(Striker(n, "line", files, 2))
+            try:
+                act(now)
+                struck = False
+            except Strike:
+                struck = True
+            finally:
+                sys.settrace(None)
+            link.send(struck)
+            link.recv()
+            with Cache(now, max_entries=10, persist=what == "warm") as again:
+                again["again"] = n
+                assert again.check() == []
+            del again
+            _workers.leave_all()
+            link.send("gone")
+
+    peer = Peer(body)
+    for n in itertools.count(1):
+        now = f"{name}-{n}"
+        if what == "warm":
+            Cache(now, **PERSISTENT).close()
+        cache = Cache(now, max_entries=10) if there else None
+        if what == "reap":
+            die_attached(now)
+        peer.say((n, now))
+        struck = peer.hear()
+        with Cache(now, max_entries=10, persist=what == "warm") as other:
+            other["other"] = n
+            assert other.check() == [], f"line {n}"
+            peer.say()
+            assert peer.hear() == "gone", f"line {n}"
+            assert other["other"] == n, f"line {n}"
+            if what == "warm":
+                other.unlink()
+        if cache:
+            cache.close()
+        assert names_of(now) == [], f"line {n}"
+        if not struck:
+            break
+    assert n > 50
+    peer.say(None)
+    peer.end()
 
 
 SIGNALS = """
