@@ -19,7 +19,7 @@ import mmap
 import os
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import xxhash
@@ -68,7 +68,7 @@ class Entry:
     ttl: int
     stamp: int
     checksum: int
-    blocks: int
+    blocks: int = 0
     key: bytes = b""
     value: bytes | None = None
     damage: str = ""  # what does not agree; then key and value are not to be believed
@@ -381,6 +381,9 @@ class Segment:
             for slot, version in enumerate(versions)
             if version & 1 and version >> 1 > since and slot
         ]
+        redone = self.w64[self.base(shard) + L.S_REDO_SLOT]
+        if 0 < redone < len(versions) and redone not in live:
+            live.append(redone)  # a number that is being overwritten in its place
         if wanted is None:
             return live
         hashes = self._column(self.w32, shard, L.F_HASH)
@@ -394,64 +397,63 @@ class Segment:
         return list(words[first:last:width].tolist())
 
     def entry(self, shard: int, slot: int, *, values: bool = True) -> Entry | None:
-        """What a slot holds; None if it holds no entry."""
-        base = self.base(shard)
-        at = 8 * base + self.header.geometry.records_at + L.RECORD * slot
+        """What a slot holds, at one moment; None if it holds no entry."""
+        at = 8 * self.base(shard) + self.header.geometry.records_at + L.RECORD * slot
+        before = None
         for attempt in range(ATTEMPTS):
-            epoch = self.w64[base + L.S_EPOCH]
-            if not self.w64[at // 8] & 1:
+            planned = _parsed(shard, slot, self._map[at : at + L.RECORD])
+            if planned.version & 1 == 0:
+                if self._is_redone(planned) or planned.version != self.w64[at // 8]:
+                    if finished := self._finished(planned):
+                        return finished
+                    continue
                 return None
-            entry = self._copy(shard, slot, self._map[at : at + L.RECORD], values)
-            if entry.version & 1 and not entry.damage:
-                return entry
-            # With nobody inside meanwhile it is damage, else most likely a torn copy.
-            if not epoch & 1 and self.w64[base + L.S_EPOCH] == epoch:
-                break
-            if finished := self._finished(entry):
-                return finished
+            places, astray = self._places(planned, values)
+            size = self.header.geometry.block_size
+            # Record and content close together: a number may be counted up half a
+            # million times a second.
+            record = self._map[at : at + L.RECORD]
+            content = b"".join([self._map[place : place + size] for place in places])
+            version = self.w64[at // 8]
+            entry = _parsed(shard, slot, record)
+            if entry.version == version and _alike(entry, planned):
+                entry = self._filled(entry, content, values, astray)
+                # Damage is believed that is there at a second look, too.
+                if not entry.damage or entry == before:
+                    return entry
+                before = entry
             time.sleep(0.0001 * (attempt > 20))
-        return entry
+        return before
 
-    def _copy(self, shard: int, slot: int, record: bytes, values: bool) -> Entry:
-        version, expires = struct.unpack_from("=QQ", record)
-        narrow = struct.unpack_from("=12I", record, 4 * L.F_HASH)
-        fields = dict(enumerate(narrow, L.F_HASH))
-        key_len, value_len = fields[L.F_META] & 0xFFFF, fields[L.F_VALUE_LEN]
-        size = self.header.geometry.block_size
-        entry = Entry(
-            shard=shard,
-            slot=slot,
-            version=version,
-            expires=expires,
-            hash=fields[L.F_HASH],
-            block=fields[L.F_BLOCK],
-            value_len=value_len,
-            meta=fields[L.F_META],
-            ttl=fields[L.F_TTL],
-            stamp=fields[L.F_STAMP],
-            checksum=fields[L.F_CHECKSUM],
-            blocks=max(1, -(-(key_len + value_len) // size)),
-        )
-        content, damage = self._content(entry, key_len + value_len * values)
-        key = content[:key_len]
-        value = content[key_len:] if values else None
-        return _filled(entry, key, value, damage or self._damage(entry, key, value))
-
-    def _content(self, entry: Entry, length: int) -> tuple[bytes, str]:
-        # The first bytes of a chain, and what is wrong with it.
+    def _places(self, entry: Entry, values: bool) -> tuple[list[int], str]:
+        # Where the blocks of key and value are, and what is wrong with their chain.
         g = self.header.geometry
         start = 8 * self.base(entry.shard)
-        if entry.blocks > g.blocks:
-            return b"", f"{entry.blocks} blocks, and the shard has {g.blocks}"
-        pieces: list[bytes] = []
+        places: list[int] = []
         block = entry.block
-        for _ in range(-(-length // g.block_size)):
+        needed = g.blocks_of(entry.key_len + entry.value_len)
+        if needed > g.blocks:
+            return [], f"{needed} blocks, and the shard has {g.blocks}"
+        if not values:
+            needed = g.blocks_of(entry.key_len)
+        for _ in range(needed):
             if not 1 <= block <= g.blocks:
-                return b"".join(pieces)[:length], f"its chain leads to block {block}"
-            at = start + g.arena_at + block * g.block_size
-            pieces.append(self._map[at : at + g.block_size])
+                return places, f"its chain leads to block {block}"
+            places.append(start + g.arena_at + block * g.block_size)
             block = self.w32[(start + g.links_at) // 4 + block]
-        return b"".join(pieces)[:length], ""
+        return places, ""
+
+    def _filled(self, entry: Entry, content: bytes, values: bool, astray: str) -> Entry:
+        end = entry.key_len + entry.value_len
+        key = content[: entry.key_len]
+        value = content[entry.key_len : end] if values else None
+        return replace(
+            entry,
+            blocks=self.header.geometry.blocks_of(end),
+            key=key,
+            value=value,
+            damage=astray or self._damage(entry, key, value),
+        )
 
     def _damage(self, entry: Entry, key: bytes, value: bytes | None) -> str:
         full = self._hash(entry.kind, key)
@@ -461,17 +463,25 @@ class Segment:
             return ""
         return "the value's bytes are not those that were written"
 
+    def _is_redone(self, entry: Entry) -> bool:
+        redone: int = self.w64[self.base(entry.shard) + L.S_REDO_SLOT]
+        return redone == entry.slot
+
     def _finished(self, entry: Entry) -> Entry | None:
         # With the number that a writer who is still inside, or died there, puts in.
+        places, astray = self._places(entry, values=False)
+        if not self._is_redone(entry) or entry.value_len != 8 or astray:
+            return None
+        size = self.header.geometry.block_size
+        key = b"".join([self._map[place : place + size] for place in places])
         base = self.base(entry.shard)
-        if self.w64[base + L.S_REDO_SLOT] != entry.slot or entry.value_len != 8:
-            return None
-        if self._damage(entry, entry.key, None):
-            return None
         value = self.w64[base + L.S_REDO_VALUE].to_bytes(8, "little")
-        entry = _filled(entry, entry.key, value, "")
-        checksum = L.checksum(value, entry.hash, entry.tag)
-        return entry if self.w64[base + L.S_REDO_CHECKSUM] == checksum else None
+        content = key[: entry.key_len] + value
+        checksum = self.w64[base + L.S_REDO_CHECKSUM] & L.MASK32
+        version = self.w64[base + L.S_REDO_VERSION]
+        entry = replace(entry, version=version, checksum=checksum)
+        entry = self._filled(entry, content, True, "")
+        return None if entry.damage else entry
 
     # --- LRU order ------------------------------------------------------------------
 
@@ -569,8 +579,32 @@ class Segment:
         return None
 
 
-def _filled(entry: Entry, key: bytes, value: bytes | None, damage: str) -> Entry:
-    return Entry(**{**vars(entry), "key": key, "value": value, "damage": damage})
+def _parsed(shard: int, slot: int, record: bytes) -> Entry:
+    version, expires = struct.unpack_from("=QQ", record)
+    narrow = struct.unpack_from("=12I", record, 4 * L.F_HASH)
+    fields = dict(enumerate(narrow, L.F_HASH))
+    return Entry(
+        shard=shard,
+        slot=slot,
+        version=version,
+        expires=expires,
+        hash=fields[L.F_HASH],
+        block=fields[L.F_BLOCK],
+        value_len=fields[L.F_VALUE_LEN],
+        meta=fields[L.F_META],
+        ttl=fields[L.F_TTL],
+        stamp=fields[L.F_STAMP],
+        checksum=fields[L.F_CHECKSUM],
+    )
+
+
+def _alike(one: Entry, other: Entry) -> bool:
+    # Whether key and value are in the same places.
+    return (one.block, one.key_len, one.value_len) == (
+        other.block,
+        other.key_len,
+        other.value_len,
+    )
 
 
 def _walk(links: list[int]) -> list[int]:

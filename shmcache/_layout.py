@@ -309,6 +309,10 @@ class Geometry:
     def shards_at(self) -> int:
         return ROWS_AT + ROWS * ROW_SIZE
 
+    def blocks_of(self, length: int) -> int:
+        """How many blocks an entry takes whose key and value have so many bytes."""
+        return max(1, -(-length // self.block_size))
+
 
 def _up(n: int, to: int) -> int:
     return -(-n // to) * to

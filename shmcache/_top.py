@@ -62,6 +62,14 @@ _RATES: dict[str, Callable[[Stats], int]] = {
     "too large": lambda s: s.too_large,
 }
 _HANDLES_ONLY = {"owner died", "closed"}
+# Columns of the list of all caches, and which of them a narrow terminal has, too.
+_COLUMNS = (
+    *(("STATE", False), ("ENTRIES", True), ("USED", False), ("HITS", True)),
+    *(("GET/s", True), ("SET/s", True), ("EVICT/s", True), ("EXPIRE/s", False)),
+    *(("WAIT/s", False), ("WORKERS", True)),
+)
+WIDE = 120
+NAME = 26  # and so much of a name
 
 
 @dataclass(frozen=True)
@@ -242,9 +250,9 @@ class _All:
 
     def frame(self, console: Console) -> RenderableType:
         """A table."""
-        table = _table("NAME", "STATE", "ENTRIES", "USED", "HITS", "GET/s", "SET/s")
-        for head in ("EVICT/s", "EXPIRE/s", "WAIT/s", "WORKERS"):
-            table.add_column(head, justify="right", no_wrap=True)
+        wide = console.width >= WIDE
+        table = _table("NAME", *(head for head, always in _COLUMNS if wide or always))
+        table.columns[0].max_width = None if wide else NAME
         troubles = []
         for name, state, trouble in self._found:
             look = self._after.get(name)
@@ -254,8 +262,7 @@ class _All:
                 continue
             span = Interval(_former(self._before.get(name), look), look)
             s = look.stats
-            table.add_row(
-                Text(name),
+            cells: tuple[RenderableType, ...] = (
                 Text(state),
                 f"{s.entries:,}",
                 f"{100 * s.bytes_used / max(1, s.bytes_capacity):.0f} %",
@@ -266,6 +273,10 @@ class _All:
                 _per_second(span.rate(lambda s: s.expired)),
                 _per_second(span.rate(lambda s: s.lock_waits)),
                 f"{s.workers}",
+            )
+            shown = zip(cells, _COLUMNS, strict=True)
+            table.add_row(
+                Text(name), *(cell for cell, (_, always) in shown if wide or always)
             )
         if not self._found:
             return Text("no caches of this user")

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shmcache import _layout as L
+from shmcache._callbacks import Callbacks
 from shmcache._flight import Flight
 from shmcache._report import Component
 from shmcache._slab import MISSING, ttl_to_ns
@@ -41,7 +42,7 @@ from shmcache._sweeper import sweeper
 from shmcache._uwsgi import threads_run
 from shmcache.cache import Cache, Stats, _flag, check_count
 from shmcache.errors import CacheClosed
-from shmcache.handles import IDLE, LOOK, HandleMap, HandleStats, _Callbacks
+from shmcache.handles import IDLE, LOOK, HandleMap, HandleStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -208,7 +209,7 @@ class _Here:
     def __init__(self, run: Callable[[Any], None]) -> None:
         self.pid = os.getpid()
         self.lock = threading.RLock()
-        self.calls = _Callbacks(run, 2)
+        self.calls = Callbacks(run, 2)
         self.moment: list[int] | None = None  # of the cache at the last look
         self.asked = 0  # how often a look was asked for, whatever the moment
         self.loads = self.load_failures = self.told = self.listener_failures = 0
@@ -562,7 +563,7 @@ class ConfigCache(Component):
             if group.running:
                 return
             group.running = True
-        here.calls.add(_Job(group))  # type: ignore[arg-type] # has what it takes
+        here.calls.add(_Job(group))
         here.calls.start()
 
     def _run(self, job: _Job) -> None:

@@ -35,13 +35,13 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from shmcache import _layout as L
 from shmcache import _workers
+from shmcache._callbacks import Callbacks
 from shmcache._codec import HandleCodec, decode_key, encode_key
 from shmcache._layout import Cause
 from shmcache._slab import MISSING, Ttl
@@ -98,66 +98,6 @@ class _Local:
         self.creating: dict[bytes, tuple[int, threading.Event]] = {}
         self.freed = -1  # H_FREED when dead owners were last looked for
         self.buried = 0.0
-
-
-class _Callbacks:
-    """Runs callbacks in a few threads, which live as long as there is work."""
-
-    def __init__(self, run: Callable[[_Handle], None], threads: int) -> None:
-        self._run = run
-        self._threads = threads
-        self._queue: deque[_Handle] = deque()
-        self._condition = threading.Condition()
-        self._running = 0
-        self._inside: set[int] = set()  # the threads that run them
-
-    @property
-    def pending(self) -> int:
-        """How many wait or run."""
-        return len(self._queue) + self._running
-
-    def add(self, record: _Handle) -> None:
-        """Queue a record; ``start`` must follow, when no lock is held."""
-        self._queue.append(record)
-
-    def start(self) -> None:
-        """See to it that what is queued will run: here, if no thread can be had."""
-        with self._condition:
-            if not self._queue or self._running >= self._threads:
-                return
-            self._running += 1
-        try:
-            if not threads_run():
-                raise RuntimeError
-            threading.Thread(
-                target=self._work, name="shmcache-callback", daemon=True
-            ).start()
-        except RuntimeError:
-            self._work()  # at the end of the process no thread can be started
-
-    def _work(self) -> None:
-        while True:
-            with self._condition:
-                try:
-                    record = self._queue.popleft()
-                except IndexError:
-                    self._running -= 1
-                    self._condition.notify_all()
-                    return
-                if record.taken:
-                    continue
-                record.taken = True
-                self._inside.add(threading.get_ident())
-            self._run(record)
-            self._inside.discard(threading.get_ident())
-
-    def wait(self, timeout: float) -> bool:
-        """Wait until all are done, but the caller if it is one; whether they are."""
-        mine = threading.get_ident() in self._inside
-        with self._condition:
-            return self._condition.wait_for(
-                lambda: not self._queue and self._running <= mine, timeout
-            )
 
 
 @dataclass(frozen=True)
@@ -222,7 +162,7 @@ class _Registry(Cache):
 # A map that nobody refers to has open handles all the same: it lives until close().
 _maps: set[HandleMap] = set()
 # Of processes that forked us: kept, as a destructor may close what the parent uses.
-_graveyard: list[tuple[_Local, _Callbacks]] = []
+_graveyard: list[tuple[_Local, Callbacks[_Handle]]] = []
 
 
 class HandleMap:
@@ -338,7 +278,7 @@ class HandleMap:
         self._registry = registry
         self.name = registry.name
         self._local = _Local(0, 0)
-        self._callbacks = _Callbacks(self._run, self._callback_threads)
+        self._callbacks = Callbacks(self._run, self._callback_threads)
         _maps.add(self)
 
     # --- this process's part --------------------------------------------------------
@@ -356,7 +296,7 @@ class HandleMap:
             if self._local.token == token:
                 return self._local
             _graveyard.append((self._local, self._callbacks))
-            self._callbacks = _Callbacks(self._run, self._callback_threads)
+            self._callbacks = Callbacks(self._run, self._callback_threads)
             local = _Local(token, registry._settings.shards)
             for shard in range(registry._settings.shards):
                 local.read[shard], _ = registry._notices(shard, 0)

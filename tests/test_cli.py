@@ -735,6 +735,46 @@ def test_all_keys_are_listed_while_they_are_overwritten(
         peer.end()
 
 
+def test_number_is_seen_while_it_is_overwritten(
+    make_cache: Callable[..., Cache],
+) -> None:
+    """A number is there while a writer is in the midst of overwriting it in its place,
+    with the value that is being put in, before and after each of his stores."""
+    cache = make_cache(max_entries=10)
+    cache["counter"] = 41
+    words, base = cache._attachment.words, cache._words_of(0)
+    with Segment(cache.name) as segment:
+        kind, key = L.Kind.STR, b"counter"
+        old = segment.find(kind, key)
+        assert old
+        at = base + (segment.header.geometry.records_at + L.RECORD * old.slot) // 8
+        value = (42).to_bytes(8, "little")
+        block = segment._places(old, True)[0][0] + old.key_len
+        place = cache._attachment.block.view[block : block + 8]
+        stores: list[Callable[[], None]] = [
+            lambda: words.__setitem__(base + L.S_REDO_VERSION, old.version + 2),
+            lambda: words.__setitem__(base + L.S_REDO_VALUE, 42),
+            lambda: words.__setitem__(
+                base + L.S_REDO_CHECKSUM, L.checksum(value, old.hash, old.tag)
+            ),
+            lambda: words.__setitem__(base + L.S_REDO_SLOT, old.slot),
+            lambda: words.__setitem__(at, old.version + 1),
+            lambda: place.__setitem__(slice(None), value),
+        ]
+        seen = []
+        for store in stores:
+            store()
+            entry = segment.find(kind, key)
+            assert entry
+            assert entry.damage == ""
+            seen.append(segment.value(entry))
+        assert seen == [41, 41, 41, 41, 42, 42]
+        words[at] = old.version  # as it was
+        place[:] = old.value or b""
+        words[base + L.S_REDO_SLOT] = 0
+        place.release()
+
+
 @pytest.mark.damaged
 def test_a_writer_who_does_not_come_out(make_cache: Callable[..., Cache]) -> None:
     """Beside one who stands still inside a shard all can be seen, and that he is there,
@@ -779,37 +819,6 @@ def test_a_writer_who_does_not_come_out(make_cache: Callable[..., Cache]) -> Non
     words[base + L.S_HOLDER] = 99 << 16 | 7
     assert "shard 0: a process that has gone died inside" in result("stats", name)
     words[base + L.S_HOLDER] = 0
-
-
-def test_a_number_half_overwritten(make_cache: Callable[..., Cache]) -> None:
-    """Of a number that a writer is just putting in place, the new one is told."""
-    cache = make_cache(max_entries=10)
-    cache["number"] = 41
-    words, base = cache._attachment.words, cache._words_of(0)
-    with Segment(cache.name) as segment:
-        entry = segment.find(L.Kind.STR, b"number")
-        assert entry
-        value = (42).to_bytes(8, "little")
-        words[base + L.S_EPOCH] += 1
-        words[base + L.S_REDO_VALUE] = 42
-        words[base + L.S_REDO_CHECKSUM] = L.checksum(value, entry.hash, entry.tag)
-        words[base + L.S_REDO_SLOT] = entry.slot
-        record = base + cache._attachment.header.geometry.records_at // 8
-        at = (record + 8 * entry.slot + L.F_CHECKSUM // 2) * 8 + 4
-        view = cache._attachment.block.view
-        before = bytes(view[at : at + 4])
-        view[at : at + 4] = bytes(4)
-        finished = segment.find(L.Kind.STR, b"number")
-        assert finished
-        assert 42 == segment.value(finished)
-        words[base + L.S_REDO_SLOT] = 0
-        words[base + L.S_EPOCH] += 1
-        damaged = segment.find(L.Kind.STR, b"number")
-        assert damaged
-        assert "value's bytes" in damaged.damage
-        view[at : at + 4] = before
-        assert entry == segment.find(L.Kind.STR, b"number")
-        assert 41 == segment.value(entry)
 
 
 def damage_value(cache: Cache, value: bytes) -> None:
