@@ -405,6 +405,57 @@ def test_reload_and_restart(kind: Kind, name: str, persist: bool) -> None:
     assert names_of(name) == []
 
 
+@pytest.mark.once
+def test_celery(name: str, tmp_path: Path) -> None:
+    """The processes of a Celery worker share one cache: at once, without losing an
+    increment, computing once; and the end leaves nothing."""
+    if not find_spec("celery"):
+        pytest.skip("celery is not installed: pip install 'shmcache[test]'")
+    for folder in ("queue", "control", "results"):
+        (tmp_path / folder).mkdir()
+    env = {**os.environ, "TASKS_CACHE": name, "TASKS_HOME": str(tmp_path)}
+    env["PYTHONPATH"] = os.pathsep.join(
+        [str(APPS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    worker = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "celery", "-A", "tasks", "worker", "-c", "3"),
+            *("--loglevel", "WARNING", "--hostname", "test"),
+            *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+        ],
+        env=env,
+        cwd=tmp_path,
+    )
+    try:
+        client = subprocess.run(
+            [
+                *(sys.executable, "-c"),
+                "import json, tasks; print(json.dumps(tasks.ask(3, 60)))",
+            ],
+            env=env,
+            stdout=subprocess.PIPE,
+            check=True,
+            timeout=2 * PATIENCE,
+        )
+        answers = json.loads(client.stdout)
+        assert worker.poll() is None
+        children = {each.pid for each in psutil.Process(worker.pid).children()}
+        worker.terminate()
+        assert worker.wait(PATIENCE) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+    [met] = {tuple(each) for each in answers["met"]}
+    assert set(met) <= children
+    assert len(met) == 3
+    pids, numbers, firsts = zip(*answers["worked"], strict=True)
+    assert set(pids) <= set(met)
+    assert sorted(numbers) == list(range(1, 61))
+    for n in range(5):
+        assert len(set(firsts[n::5])) == 1
+    assert names_of(name) == []
+
+
 @pytest.mark.parametrize("kind", [uwsgi(), uwsgi("--lazy-apps")], ids=lambda k: k.id)
 def test_expired_entries_go_without_threads(kind: Kind, name: str) -> None:
     """Under uWSGI without threads there is no sweeper, and inserts sweep as they go."""
