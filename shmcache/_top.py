@@ -70,6 +70,8 @@ _COLUMNS = (
 )
 WIDE = 120
 NAME = 26  # and so much of a name
+# A terminal of so many lines has some to spare between the parts of a frame.
+TALL = 36
 
 
 @dataclass(frozen=True)
@@ -370,10 +372,15 @@ class _One:
         parts: list[RenderableType] = [_title(title, console)]
         if self._gone or look.trouble:
             parts.append(Text(self._gone or look.trouble, style="bold red"))
-        parts.append(_side_by_side(_rates(span), _state(span)))
-        parts.append(_locks(look))
-        parts.append(_workers(span, console))
-        parts.append(self._frame_of_keys(console.width // 2))
+        for part in (
+            _side_by_side(_rates(span), _state(span)),
+            _locks(look),
+            _workers(span, console),
+            self._frame_of_keys(console.width // 2),
+        ):
+            if console.height >= TALL:
+                parts.append(Text())
+            parts.append(part)
         return Group(*parts)
 
     def _frame_of_keys(self, width: int) -> Table:
@@ -478,7 +485,9 @@ def _process(pid: int) -> tuple[str, str]:
     if pid:
         with suppress(psutil.Error, OSError):
             process = psutil.Process(pid)
-            command = " ".join(process.cmdline())
+            words = process.cmdline() or [process.name()]
+            # Of interpreter and script the names alone.
+            command = " ".join([*map(os.path.basename, words[:2]), *words[2:]])
             pss = size_text(process.memory_full_info().pss)
     return pss, command
 

@@ -16,7 +16,7 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-COLUMNS, LINES = 100, 40
+COLUMNS, LINES = 90, 40
 
 
 def printed(name: str) -> str:
