@@ -189,7 +189,8 @@ def identity(file: str | int) -> tuple[int, int] | None:
 def open_own(path: str, flags: int) -> int:
     """A descriptor of a regular file that is ours and that only we can open."""
     try:
-        fd = os.open(path, flags, 0o600)
+        # Not waiting for somebody to write into a pipe that has the name.
+        fd = os.open(path, flags | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.EACCES, errno.ENXIO):
             raise

@@ -906,6 +906,23 @@ def test_any_bytes_are_looked_at_without_harm(
     assert codes[1] > 0
 
 
+@pytest.mark.parametrize("end", ["", ".lease"])
+def test_a_pipe_in_the_place_of_a_file(name: str, end: str) -> None:
+    """Commands do not wait for somebody to write into what is no file of a cache: they
+    say what it is, and go on with the others."""
+    path = f"{SHM}/shmcache-{os.getuid()}-{name}{end}"
+    os.mkfifo(path, 0o600)
+    try:
+        assert f"{path} is not a regular file" in result("ls", code=1)
+        top = result("top", "--once", "--interval", "0.1")
+        assert f"{name}: {path} is not" in " ".join(top.split())
+        for command in ("stats", "keys", "check"):
+            told = complaint(command, name, code=2)
+            assert ("no cache named" if end else "is not a regular file") in told
+    finally:
+        os.unlink(path)
+
+
 # --- a user's mistakes ------------------------------------------------------------
 
 NAMED = {
