@@ -256,7 +256,7 @@ def create(names: Names, settings: Settings, lease_inode: int, now: int) -> Bloc
         _put_text(buffer, L.NAME_AT, L.NAME_SIZE, names.cache)
         words[L.H_MAGIC] = L.MAGIC
     except BaseException:
-        remove(names)
+        remove(names, geometry.shards)
         block.close()
         raise
     return block
@@ -406,15 +406,23 @@ def _unlink_semaphore(name: str) -> None:
         raise PermissionError(f"semaphore {name}: {error}") from error
 
 
-def remove(names: Names) -> None:
+def remove(names: Names, shards: int | None = None) -> None:
     """Remove a segment and its semaphores; the lease file is the caller's.
 
     The segment first: found without its semaphores it would be of no use to newcomers,
-    while semaphores without a segment are replaced when the next one is made.
+    while semaphores without a segment are replaced when the next one is made.  Without
+    ``shards`` the directory tells which there are.
     """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(names.segment_path)
-    prefix = f"sem.{names.segment}."
-    for entry in os.listdir(SHM_DIR):
-        if entry.startswith(prefix) and entry[len(prefix) :].isdigit():
-            _unlink_semaphore("/" + entry.removeprefix("sem."))
+    if shards is None:
+        prefix = f"sem.{names.segment}."
+        left = [
+            entry.removeprefix("sem.")
+            for entry in os.listdir(SHM_DIR)
+            if entry.startswith(prefix) and entry[len(prefix) :].isdigit()
+        ]
+    else:
+        left = [names.semaphore(shard)[1:] for shard in range(shards)]
+    for name in left:
+        _unlink_semaphore("/" + name)

@@ -531,7 +531,7 @@ class Attachment:
                 return
             if self.lease.holder(_ROW, L.ROWS) is None:
                 try:
-                    _segment.remove(self.names)
+                    _segment.remove(self.names, self.header.geometry.shards)
                     self._remove_lease()
                 except PermissionError as error:
                     # This process has become another user's since.
@@ -571,7 +571,7 @@ class Attachment:
         """Remove the names; processes that are attached keep what they have."""
         with mutex(), self.admin():
             if self.lease.current():
-                _segment.remove(self.names)
+                _segment.remove(self.names, self.header.geometry.shards)
                 self._remove_lease()
 
     # --- locks ------------------------------------------------------------------------

@@ -456,6 +456,7 @@ def names_of(cache: str) -> list[str]:
     return [name for name in os.listdir("/dev/shm") if f"-{cache}" in name]
 
 
+@pytest.mark.once  # those lines are the same Python in both engines
 @pytest.mark.parametrize("life", LIVES)
 def test_1_death_at_any_line_of_life(
     life: str,
