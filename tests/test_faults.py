@@ -1621,6 +1621,7 @@ def test_12_nobody_starves(make_cache: Callable[..., Cache]) -> None:
     name = cache.name
 
     def write(number: int, link: Connection) -> None:
+        signal.alarm(PATIENCE + round(SECONDS))
         with Cache.attach(name, lock_timeout=PATIENCE) as mine:
             mine["in"] = 1
             link.send("ready")
@@ -1633,7 +1634,10 @@ def test_12_nobody_starves(make_cache: Callable[..., Cache]) -> None:
     first, started = shard_word(cache, L.S_TURNS), time.monotonic()
     for writer in writers:
         writer.say()
-    results = [writer.hear() for writer in writers]
+    results = []
+    for writer in writers:
+        assert writer.link.poll(PATIENCE + SECONDS)
+        results.append(writer.hear())
     turn = (time.monotonic() - started) / (shard_word(cache, L.S_TURNS) - first)
     for writer in writers:
         writer.end()
