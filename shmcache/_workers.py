@@ -123,11 +123,13 @@ class Lease:
         with mutex():
             self.free_row(user)
             self._users.discard(user)
-            if not self._users and self.intact():
+            if self._users:
+                return
+            if _leases.get(self._file) is self:
+                del _leases[self._file]
+            if self.intact():
                 os.close(self.fd)
                 self.fd = -1
-                if _leases.get(self._file) is self:
-                    del _leases[self._file]
 
     def intact(self) -> bool:
         """Whether the descriptor is still ours.
