@@ -322,8 +322,11 @@ def close_semaphores(opened: Any) -> None:
             if address:
                 sem_close(address)
     else:
-        while opened:
-            opened.pop().close()
+        try:
+            while True:
+                opened.pop().close()
+        except IndexError:
+            pass  # none is left, whoever else closed them
 
 
 @cython.cfunc
@@ -1611,11 +1614,29 @@ class Slab:
                 return False  # a spare permit, dropped
             self._count(b + _S_TURNS, 1)
             return True
+        return self._take_permit(s, 0) and self._interpreted_hold(s, b)
+
+    def _take_permit(self, s: int, timeout: float) -> bool:
+        # posix_ipc lets other threads run meanwhile, and one of them may close the
+        # cache: it sees that we wait, or we see that it has begun.
+        if cython.compiled:
+            raise NotImplementedError
+        self.waiting += 1
+        got = False
         try:
-            self.pysems[s].acquire(0)
+            if self.token:
+                self.pysems[s].acquire(timeout)
+                got = True
+                if self.token == 0:
+                    self.pysems[s].release()
+                    got = False
         except (BusyError, IndexError):
-            return False
-        return self._interpreted_hold(s, b)
+            pass
+        finally:
+            self.waiting -= 1
+            if self.token == 0:
+                self._close_semaphores()
+        return got
 
     def _interpreted_hold(self, s: int, b: int) -> bool:
         # With the permit in hand; False when it turns out to be a spare one.
@@ -1707,8 +1728,8 @@ class Slab:
     def _sleep(self, s: Index) -> cython.int:
         # Wait a while for a permit: 1, it is ours; 0, no; -1, a signal came.
         got: cython.int = 0
-        self.waiting += 1
         if cython.compiled:
+            self.waiting += 1
             sem: Word = self.sems[s]
             with cython.nogil:
                 got = sem_wait(sem, _LOOK_NS)
@@ -1718,16 +1739,11 @@ class Slab:
         try:
             # posix_ipc would lose what a signal handler raises during the wait.
             pthread_sigmask(SIG_BLOCK, _SIGNALS)
-            self.pysems[s].acquire(_LOOK_NS / 1e9)
-            got = 1
-        except BusyError:
-            got = 0
+            return self._take_permit(s, _LOOK_NS / 1e9)
         except SignalError:
-            got = -1
+            return -1
         finally:
-            self.waiting -= 1
             pthread_sigmask(SIG_SETMASK, before)
-        return got
 
     @cython.cfunc
     def _waited(self, b: Index, started: Word) -> cython.int:
@@ -3201,14 +3217,19 @@ if not cython.compiled:
                     slab._mend(s, b, 0)
                 slab._release(s, b)
 
+    # What is raised where words, semaphores or lease have gone.
+    _OF_CLOSING = (IndexError, OSError, ValueError)
+
     def _guarded(method: Any) -> Any:
         @functools.wraps(method)
         def guarded(self: Slab, /, *args: Any, **kwargs: Any) -> Any:
             try:
                 return method(self, *args, **kwargs)
-            except BaseException:
+            except BaseException as error:
                 if self.token and self.guard[0] == self.token:
                     _let_go(self, sys._getframe(1))
+                elif self.token == 0 and type(error) in _OF_CLOSING:
+                    self._enter_process()  # says that another thread has closed it
                 raise
 
         return guarded

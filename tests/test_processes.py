@@ -124,6 +124,43 @@ def run(script: str, *arguments: str) -> str:
     return finish(start(script, *arguments))
 
 
+CLOSES = """
+import sys, threading
+from shmcache import Cache, CacheClosed
+
+def write(cache, started):
+    try:
+        n = 0
+        while True:
+            cache[n % 10] = n
+            n += 1
+            started.set()
+    except CacheClosed:
+        pass
+
+sys.setswitchinterval(1e-6)
+name, rounds = sys.argv[1], int(sys.argv[2])
+for _ in range(rounds):
+    cache = Cache(name, max_entries=100)
+    started = threading.Event()
+    thread = threading.Thread(target=write, args=(cache, started))
+    thread.start()
+    started.wait()
+    cache.close()
+    thread.join()
+with Cache(name, max_entries=100) as cache:
+    cache["k"] = "v"
+    print(cache.check())
+"""
+
+
+def test_close_beside_a_thread_that_writes(name: str) -> None:
+    """A thread in the midst of writes is told that another has closed the cache, at
+    whatever moment; nothing crashes, and nothing is left."""
+    assert run(CLOSES, name, "500") == "[]\n"
+    assert names_of(name) == []
+
+
 # --- fork -----------------------------------------------------------------------
 
 
