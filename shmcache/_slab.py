@@ -422,6 +422,7 @@ class Slab:
     has_news: cython.bint
     in_step: cython.bint  # see _fetch_block
     waiting: cython.int  # threads of this process that sleep on a semaphore
+    inside: dict  # interpreted, the threads that use one, and of which shard
     seed: Word
     codec: object
     encode: object
@@ -502,6 +503,7 @@ class Slab:
         self.sems = memoryview(array("Q"))
         self.opened = []
         self.waiting = 0
+        self.inside = {}
         self.touch_slot, self.touch_version, self.touch_count = touches
 
     def _open_semaphores(self, names: Any) -> Any:
@@ -526,8 +528,10 @@ class Slab:
         return opened
 
     def _close_semaphores(self) -> None:
-        if self.waiting:
-            return  # a thread sleeps on one of them: it calls again as it wakes
+        # A thread that uses one of them calls again when it does no more.  What stands
+        # for this one is of a call that an exception from a signal handler has ended.
+        if self.waiting or len(self.inside) > (get_ident() in self.inside):
+            return
         close_semaphores(self.opened)
 
     def _join(self, guard: Any, token: int, row: int, seed: int, owners: Any) -> None:
@@ -537,6 +541,7 @@ class Slab:
         self.row = row
         self.random = seed | 1
         self.waiting = 0  # the threads that waited are those of who forked us
+        self.inside = {}
         self.token = token
 
     def _unbind(self) -> None:
@@ -1621,8 +1626,9 @@ class Slab:
         # cache: it sees that we wait, or we see that it has begun.
         if cython.compiled:
             raise NotImplementedError
-        self.waiting += 1
+        me = get_ident()
         got = False
+        self.inside[me] = s
         try:
             if self.token:
                 self.pysems[s].acquire(timeout)
@@ -1633,7 +1639,7 @@ class Slab:
         except (BusyError, IndexError):
             pass
         finally:
-            self.waiting -= 1
+            self.inside.pop(me, None)
             if self.token == 0:
                 self._close_semaphores()
         return got
