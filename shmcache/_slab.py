@@ -1630,17 +1630,17 @@ class Slab:
         got = False
         self.inside[me] = s
         try:
-            if self.token:
+            if not self.closed:
                 self.pysems[s].acquire(timeout)
                 got = True
-                if self.token == 0:
+                if self.closed:
                     self.pysems[s].release()
                     got = False
         except (BusyError, IndexError):
             pass
         finally:
             self.inside.pop(me, None)
-            if self.token == 0:
+            if self.closed:
                 self._close_semaphores()
         return got
 
