@@ -51,81 +51,102 @@ def each(call: Callable[..., Any], *arguments: Any) -> Run:
     return run
 
 
+class Operations:
+    """The operations to time, on caches and a dict of so many entries each."""
+
+    def __init__(self, entries: int) -> None:
+        self.entries = entries
+        self.keys = [f"user:{i:015d}" for i in range(entries)]
+        self._dice = random.Random(1)
+        raw = os.urandom(100)
+        plain = {
+            key: msgpack.packb({**VALUE, "id": i}) for i, key in enumerate(self.keys)
+        }
+        unpack, pack = msgpack.unpackb, msgpack.packb
+        # A tenth more room than entries, so that no shard is full.
+        room = entries + entries // 10
+        self._caches = [
+            Cache(f"latency-{os.getpid()}-{i}", max_entries=n)
+            for i, n in enumerate((room, room, room, room, entries // 2))
+        ]
+        dicts, raws, numbers, self._passing, full = self._caches
+        for key in self.keys:
+            dicts.set(key, VALUE)
+            raws.set(key, raw)
+            numbers.set(key, 1)
+            full.set(key, VALUE)
+
+        def floor_get(chosen: Sequence[str]) -> None:
+            for key in chosen:
+                unpack(plain[key])
+
+        def lookup(chosen: Sequence[str]) -> None:
+            for key in chosen:
+                plain[key]
+
+        def floor_set(chosen: Sequence[str]) -> None:
+            for key in chosen:
+                plain[key] = pack(VALUE)
+
+        def get_many(chosen: Sequence[str]) -> None:
+            for i in range(0, len(chosen), 100):
+                dicts.get_many(chosen[i : i + 100])
+
+        self.floors: dict[str, Run] = {"floor: get": floor_get, "floor: set": floor_set}
+        # Each with its floor, and how many times as long it may take.
+        self.runs: dict[str, tuple[Run, str, float | None]] = {
+            "get, hit": (each(dicts.get), "floor: get", 1.4),
+            "get_many(100), per key": (get_many, "floor: get", 1.3),
+            "set, overwrite": (each(dicts.set, VALUE), "floor: set", 1.5),
+            "set, insert and evict": (each(full.set, VALUE), "floor: set", 1.5),
+            "get, 100 raw bytes": (each(raws.get), "floor: get", 0.42),
+            "get, miss": (each(dicts.get), "floor: get", 0.25),
+            "delete": (each(self._passing.delete), "floor: get", 0.5),
+            "incr": (each(numbers.incr), "floor: get", 0.5),
+            "set, 100 raw bytes": (each(raws.set, raw), "floor: set", None),
+            "in": (each(dicts.__contains__), "floor: get", None),
+            "a dict's lookup alone": (lookup, "floor: get", None),
+        }
+
+    def time(self, name: str) -> float:
+        """Nanoseconds of one operation: the mean over one chunk of random keys."""
+        keys, dice, entries = self.keys, self._dice, self.entries
+        chosen = [keys[dice.randrange(entries)] for _ in range(CHUNK)]
+        if name == "get, miss":
+            chosen = [key[:-1] + "x" for key in chosen]
+        elif name == "delete":
+            chosen = list(set(chosen))
+            for key in chosen:
+                self._passing.set(key, 1)
+            dice.shuffle(chosen)
+        run = self.floors[name] if name in self.floors else self.runs[name][0]
+        if name != "delete":
+            run([keys[dice.randrange(entries)] for _ in range(2 * CHUNK)])
+        started = time.perf_counter_ns()
+        run(chosen)
+        return (time.perf_counter_ns() - started) / len(chosen)
+
+    def close(self) -> None:
+        """Remove the caches."""
+        for cache in self._caches:
+            cache.close()
+
+
 def latency(entries: int, rounds: int) -> None:
     """The table of single operations."""
-    keys = [f"user:{i:015d}" for i in range(entries)]
-    raw = os.urandom(100)
-    plain = {key: msgpack.packb({**VALUE, "id": i}) for i, key in enumerate(keys)}
-    unpack, pack = msgpack.unpackb, msgpack.packb
-    pid = os.getpid()
-    # A tenth more room than entries, so that no shard is full.
-    room = entries + entries // 10
-    caches = [
-        Cache(f"latency-{pid}-{i}", max_entries=n)
-        for i, n in enumerate((room, room, room, room, entries // 2))
-    ]
-    dicts, raws, numbers, passing, full = caches
-    for key in keys:
-        dicts.set(key, VALUE)
-        raws.set(key, raw)
-        numbers.set(key, 1)
-        full.set(key, VALUE)
-
-    def floor_get(chosen: Sequence[str]) -> None:
-        for key in chosen:
-            unpack(plain[key])
-
-    def lookup(chosen: Sequence[str]) -> None:
-        for key in chosen:
-            plain[key]
-
-    def floor_set(chosen: Sequence[str]) -> None:
-        for key in chosen:
-            plain[key] = pack(VALUE)
-
-    def get_many(chosen: Sequence[str]) -> None:
-        for i in range(0, len(chosen), 100):
-            dicts.get_many(chosen[i : i + 100])
-
-    floors: dict[str, Run] = {"floor: get": floor_get, "floor: set": floor_set}
-    runs: dict[str, tuple[Run, str, float | None]] = {
-        "get, hit": (each(dicts.get), "floor: get", 1.4),
-        "get_many(100), per key": (get_many, "floor: get", 1.3),
-        "set, overwrite": (each(dicts.set, VALUE), "floor: set", 1.5),
-        "set, insert and evict": (each(full.set, VALUE), "floor: set", 1.5),
-        "get, 100 raw bytes": (each(raws.get), "floor: get", 0.42),
-        "get, miss": (each(dicts.get), "floor: get", 0.25),
-        "delete": (each(passing.delete), "floor: get", 0.5),
-        "incr": (each(numbers.incr), "floor: get", 0.5),
-        "set, 100 raw bytes": (each(raws.set, raw), "floor: set", None),
-        "in": (each(dicts.__contains__), "floor: get", None),
-        "a dict's lookup alone": (lookup, "floor: get", None),
-    }
-    times: dict[str, list[float]] = {name: [] for name in (*floors, *runs)}
-    dice = random.Random(1)
+    operations = Operations(entries)
+    names = (*operations.floors, *operations.runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, taken in times.items():
-            chosen = [keys[dice.randrange(entries)] for _ in range(CHUNK)]
-            if name == "get, miss":
-                chosen = [key[:-1] + "x" for key in chosen]
-            elif name == "delete":
-                chosen = list(set(chosen))
-                for key in chosen:
-                    passing.set(key, 1)
-                dice.shuffle(chosen)
-            run = floors[name] if name in floors else runs[name][0]
-            if name != "delete":
-                run([keys[dice.randrange(entries)] for _ in range(2 * CHUNK)])
-            started = time.perf_counter_ns()
-            run(chosen)
-            elapsed = time.perf_counter_ns() - started
-            taken.append(elapsed / len(chosen))
+            taken.append(operations.time(name))
+    operations.close()
 
     rows: list[list[object]] = [
         [name, f"{statistics.median(times[name]):.0f}", "1.00", "", ""]
-        for name in floors
+        for name in operations.floors
     ]
-    for name, (_, floor, target) in runs.items():
+    for name, (_, floor, target) in operations.runs.items():
         ratio = statistics.median(
             ours / theirs
             for ours, theirs in zip(times[name], times[floor], strict=True)
@@ -141,8 +162,6 @@ def latency(entries: int, rounds: int) -> None:
         )
     heading(f"Latency, {entries:,} entries at random")
     table(["operation / its floor", "ns", "ratio", "target", ""], rows)
-    for cache in caches:
-        cache.close()
 
 
 def sweeping(rounds: int) -> None:

@@ -127,6 +127,7 @@ def _encode_tuple(key: Any, path: list) -> bytes:
 
 
 @cython.cfunc
+@cython.exceptval(-1)
 def _int_size(number: Any) -> cython.Py_ssize_t:
     """Bytes of the shortest two's complement."""
     return (number if number >= 0 else ~number).bit_length() // 8 + 1
@@ -323,6 +324,7 @@ class MsgpackCodec(Codec):
 
 
 @cython.cfunc
+@cython.exceptval(-1)
 def _is_plain(value: Any, depth: cython.Py_ssize_t) -> cython.bint:
     """Whether a Packer writes it, and a bare unpackb reads it, but for long ints.
 

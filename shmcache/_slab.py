@@ -347,6 +347,7 @@ def _key_bytes(key: object) -> object:
 
 @cython.cfunc
 @cython.inline
+@cython.exceptval(-1)
 def _key_kind(key: object) -> cython.uint:
     if type(key) is str:
         return _STR
@@ -565,6 +566,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _now(self) -> Word:
         if self.clock is not None:
             return self.clock()
@@ -574,6 +576,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _hash(self, key: bytes, kind: cython.uint) -> Word:
         # Keys of one spelling and different kinds have nothing to do with each other.
         seed: Word = (self.seed + kind) & _MASK64
@@ -597,6 +600,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _record(self, b: Index, slot: Index) -> Index:
         # First 64-bit word of a record; 0 is the sentinel.
         if slot < 0 or slot > self.slots:
@@ -614,6 +618,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _block_at(self, b: Index, block: Index) -> Index:
         # First byte of a block.
         if block <= 0 or block > self.blocks:
@@ -622,6 +627,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _stamp(self, now: Word) -> cython.uint:
         return cython.cast(
             cython.uint, ((now - self.stamp_zero) >> _STAMP_SHIFT) & _MASK32
@@ -629,6 +635,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _put_word(self, i: Index, value: Word) -> cython.int:
         # A 64-bit store that no other store overtakes, in either direction.
         if cython.compiled:
@@ -640,6 +647,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _get_word(self, i: Index) -> Word:
         # A 64-bit load that no later load overtakes.
         if cython.compiled:
@@ -648,6 +656,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _read_fence(self) -> cython.int:
         if cython.compiled:
             read_fence()
@@ -655,6 +664,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _count(self, i: Index, n: Word) -> cython.int:
         # Add to a counter where an exception would leave the lock behind: no word that
         # damage may have put there makes the sum too large.
@@ -672,6 +682,7 @@ class Slab:
         return (n + self.block_size - 1) >> self.block_shift
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _copy_in(
         self, b: Index, block: Index, offset: Index, data: bytes
     ) -> cython.int:
@@ -745,6 +756,7 @@ class Slab:
         return b"".join(pieces)
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _same_key(self, b: Index, block: Index, key: bytes) -> cython.bint:
         n: Index = len(key)
         if not cython.compiled:
@@ -770,6 +782,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _checksum(self, value: bytes, h: Word, tag: cython.uint) -> cython.uint:
         if cython.compiled:
             # twin of _layout.checksum
@@ -785,6 +798,7 @@ class Slab:
     # --- lists ----------------------------------------------------------------------
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _chain_insert(self, b: Index, slot: Index, h32: Word) -> cython.int:
         # At the head: of two records of one key a reader meets the newer one first.
         head: Index = self._bucket(b, h32)
@@ -795,6 +809,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _chain_remove(self, b: Index, slot: Index) -> cython.int:
         r: Index = 2 * self._record(b, slot)
         at: Index = self._bucket(b, self.w32[r + _F_HASH])
@@ -810,6 +825,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _lru_remove(self, b: Index, slot: Index) -> cython.int:
         r: Index = 2 * self._record(b, slot)
         before: Index = 2 * self._record(b, self.w32[r + _F_LRU_PREV])
@@ -825,6 +841,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _lru_front(self, b: Index, slot: Index) -> cython.int:
         sentinel: Index = 2 * self._record(b, 0)
         r: Index = 2 * self._record(b, slot)
@@ -836,6 +853,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _take_slot(self, b: Index) -> Index:
         # The slot freed last, which is still in the CPU's cache; then a fresh one.
         slot: Index = cython.cast(Index, self.w64[b + _S_FREE_SLOT])
@@ -849,6 +867,7 @@ class Slab:
         return slot
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _take_blocks(self, b: Index, n: Index) -> Index:
         # A chain of n blocks, the last link 0; the caller has made sure of n.
         links: Index = 2 * b + self.links4
@@ -881,6 +900,7 @@ class Slab:
         return first
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _give_blocks(self, b: Index, first: Index, n: Index) -> cython.int:
         links: Index = 2 * b + self.links4
         last: Index = first
@@ -900,6 +920,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _blocks_left(self, b: Index) -> Index:
         used: Word = self.w64[b + _S_BLOCKS_USED]
         if used > cython.cast(Word, self.blocks):
@@ -921,6 +942,7 @@ class Slab:
     # Death in the middle: repair enters every live record anew.
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _wheel_insert(
         self, b: Index, slot: Index, expires: Word, now: Word
     ) -> cython.int:
@@ -958,6 +980,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _wheel_remove(self, b: Index, slot: Index) -> cython.int:
         r: Index = 2 * self._record(b, slot)
         before: cython.uint = self.w32[r + _F_WHEEL_PREV]
@@ -990,6 +1013,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _wheel_next(self, b: Index) -> Index:
         # Number of the list that is due first, or -2 when the wheel is empty.  A list
         # of a higher level whose time has begun (its spreading was interrupted) comes
@@ -1013,6 +1037,7 @@ class Slab:
         return -2
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _reclaim(
         self, b: Index, now: Word, limit: Index, thorough: cython.bint
     ) -> Index:
@@ -1086,6 +1111,7 @@ class Slab:
     # --- entries --------------------------------------------------------------------
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _find(self, b: Index, h32: Word, kind: cython.uint, key: bytes) -> Index:
         # The slot of a key, or 0.  The caller holds the lock.
         slot: Index = self.w32[self._bucket(b, h32)]
@@ -1108,6 +1134,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _retire(self, b: Index, slot: Index, cause: Index, now: Word) -> cython.int:
         # Take an entry out: its version first, then all that refers to it.
         v: Index = self._record(b, slot)
@@ -1138,6 +1165,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _note_eviction(self, b: Index, r: Index, cause: Index) -> cython.int:
         # For the log, which nothing may be written to here.  A flat list of bytes and
         # small ints: the collector tracks neither.
@@ -1148,6 +1176,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _count_age(self, b: Index, age: Word) -> cython.int:
         i: Index
         self._count(b + _S_AGES, age)
@@ -1158,6 +1187,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _post_notice(self, b: Index, r: Index, cause: Index) -> cython.int:
         # Tell the owner of a handle, whose record this is, that it has gone.  The head
         # is stored last: who reads up to it finds whole notices.
@@ -1176,11 +1206,13 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _blocks_of(self, b: Index, slot: Index) -> Index:
         r: Index = 2 * self._record(b, slot)
         return self._need(self.w32[r + _F_META] & _MAX_KEY, self.w32[r + _F_VALUE_LEN])
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _evict(self, b: Index, now: Word, keep: Index) -> cython.bint:
         # Make room by one entry at least: expired ones first, then the least recently
         # used that is not ``keep``.  False when there is none.
@@ -1200,6 +1232,7 @@ class Slab:
         return True
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _store(
         self,
         s: Index,
@@ -1279,6 +1312,7 @@ class Slab:
     # REDO_SLOT was stored, nothing of the entry has been changed.
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _rewrite(
         self, s: Index, b: Index, slot: Index, data: bytes, checksum: cython.uint
     ) -> cython.int:
@@ -1299,6 +1333,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _finish_rewrite(self, b: Index, slot: Index, data: bytes) -> cython.int:
         v: Index = self._record(b, slot)
         key_len: Index = self.w32[2 * v + _F_META] & _MAX_KEY
@@ -1314,6 +1349,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _redo(self, b: Index) -> cython.int:
         # Finish what a dead writer began; nothing if the words make no sense.
         slot: Word = self.w64[b + _S_REDO_SLOT]
@@ -1354,6 +1390,7 @@ class Slab:
     # repair finds the same order.
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _sound(self, b: Index, slot: Index, claimed: cython.uchar[::1]) -> cython.bint:
         # Whether a live record can be kept; claims its blocks if so.
         r: Index = 2 * self._record(b, slot)
@@ -1407,6 +1444,7 @@ class Slab:
         return good
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _tidy(self, b: Index) -> cython.int:
         # Repair of what no record tells: counters that cannot be, and halves of claims.
         cython.declare(i=Index, at=Index, token=Word, evicted=Word)
@@ -1433,6 +1471,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _rebuild(self, b: Index) -> Index:
         # Repair a shard whose lock we hold; how many entries were given up.
         slots: Index = self.slots
@@ -1569,6 +1608,7 @@ class Slab:
         return dropped
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _twin(self, b: Index, slot: Index) -> Index:
         # Another record of the same key that is in its bucket already, or 0.
         r: Index = 2 * self._record(b, slot)
@@ -1577,6 +1617,7 @@ class Slab:
         return self._find(b, self.w32[r + _F_HASH], (meta >> 16) & 15, key)
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _unclaim(self, b: Index, slot: Index, claimed: cython.uchar[::1]) -> Index:
         # Give up a sound record during repair; the number of its blocks.
         v: Index = self._record(b, slot)
@@ -1611,6 +1652,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _try_acquire(self, s: Index, b: Index) -> cython.bint:
         if cython.compiled:
             if not sem_try(self.sems[s]):
@@ -1650,6 +1692,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _acquire(self, s: Index, b: Index) -> cython.int:
         if not self._try_acquire(s, b):
             self._wait(s, b, True)
@@ -1658,6 +1701,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _wait(self, s: Index, b: Index, patient: cython.bint) -> cython.bint:
         # The slow way in: spin a little, then sleep; from time to time look who holds.
         # Who is not patient comes back with False when a living holder makes no move.
@@ -1731,6 +1775,7 @@ class Slab:
                 raise LockTimeout(self._describe_wait(s, holder, now - started))
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _sleep(self, s: Index) -> cython.int:
         # Wait a while for a permit: 1, it is ours; 0, no; -1, a signal came.
         got: cython.int = 0
@@ -1752,6 +1797,7 @@ class Slab:
             pthread_sigmask(SIG_SETMASK, before)
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _waited(self, b: Index, started: Word) -> cython.int:
         i: Index
         waited: Word = monotonic_ns() - started
@@ -1765,6 +1811,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _post(self, s: Index) -> cython.int:
         if cython.compiled:
             sem_post(self.sems[s])
@@ -1774,6 +1821,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _release(self, s: Index, b: Index) -> cython.int:
         self._put_word(b + _S_HOLDER, 0)
         self._post(s)
@@ -1782,6 +1830,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _take_over(self, s: Index, b: Index, dead: Word) -> cython.bint:
         if cython.compiled:
             if not cas(cython.address(self.w64[b + _S_HOLDER]), dead, self.token):
@@ -1797,6 +1846,7 @@ class Slab:
             return True
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _mend(self, s: Index, b: Index, dead: Word) -> cython.int:
         # With the lock held: repair what a holder left half done, and note the facts.
         started: Word = monotonic_ns()
@@ -1825,6 +1875,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _begin(self, s: Index, b: Index) -> cython.int:
         # Enter the write section.
         if not self._try_acquire(s, b):
@@ -1834,6 +1885,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _start(self, s: Index, b: Index) -> cython.int:
         # Begin to write, with the lock just acquired.
         if self.w64[b + _S_EPOCH] & 1:
@@ -1849,12 +1901,14 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _end(self, s: Index, b: Index) -> cython.int:
         self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
         self._release(s, b)
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _abort(self, s: Index, b: Index, error: object) -> cython.int:
         # Leave the write section after an exception; raises if that was damage: an
         # index out of bounds, or a number that an interpreted view cannot hold.
@@ -2052,6 +2106,7 @@ class Slab:
         return self.decode(data)
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _still_good(self, v: Index, expires: Word, how: cython.int) -> cython.bint:
         # Whether an entry with an expiry lives; in a sliding cache a use renews it.
         now: Word = self._now()
@@ -2144,6 +2199,7 @@ class Slab:
         return data
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _use(self, b: Index, slot: Index) -> cython.int:
         # Make an entry the most recently used.
         r: Index = 2 * self._record(b, slot)
@@ -2164,6 +2220,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _note(self, s: Index, b: Index, slot: Index, version: Word) -> cython.int:
         # Remember a hit; when the buffer is full apply it, or forget its older half.
         at: Index = s * _TOUCHES
@@ -2197,6 +2254,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _fetch_record(self, b: Index, h32: Word) -> cython.int:
         # The first record of a bucket.  Without the lock: it may be another's by then.
         slot: Index = self.w32[self._bucket(b, h32)]
@@ -2207,6 +2265,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _fetch_block(self, b: Index, slot: Index) -> cython.int:
         # Of entries of one block each, slots and blocks are taken and freed together,
         # so they have the same numbers: ask for the block before the record, which
@@ -2220,6 +2279,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _fetch_neighbours(self, b: Index, slot: Index) -> cython.int:
         # The records that are before and behind in the LRU ring.
         r: Index = 2 * self._record(b, slot)
@@ -2230,6 +2290,7 @@ class Slab:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _apply_touches(self, s: Index, b: Index) -> cython.int:
         at: Index = s * _TOUCHES
         n: Index = self.touch_count[s]
@@ -2259,6 +2320,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _ttl(self, ttl: object) -> Word:
         # ns, 0 for "never"; an Ellipsis, as in the signatures, is "left out".
         if ttl is ...:
@@ -2269,6 +2331,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _shorten(self, ns: Word) -> Word:
         # A TTL less a random part of at most ``jitter``, by xorshift64.
         if self.jitter == 0 or ns == 0:
@@ -2284,6 +2347,7 @@ class Slab:
         return ns - cut if cut < ns else 1
 
     @cython.cfunc
+    @cython.exceptval(-1)
     def _put(
         self, key: object, value: object, ttl: object, mode: cython.int, token: Word
     ) -> Word:
@@ -2337,6 +2401,7 @@ class Slab:
 
     @cython.cfunc
     @cython.inline
+    @cython.exceptval(-1)
     def _fits(self, key_len: Index, value_len: Index) -> cython.bint:
         # Whether an entry can be stored at all, be the shard empty.
         return (
@@ -3129,6 +3194,7 @@ class Slab:
 
 
 @cython.cfunc
+@cython.exceptval(-1)
 def _is_far(number: object) -> cython.bint:
     # Whether an int is of more than 64 bits: no sum of it and 64 bits is within 64.
     if type(number) is not int:
@@ -3172,6 +3238,7 @@ def _number_bytes(number: object) -> object:
 
 @cython.cfunc
 @cython.inline
+@cython.exceptval(-1)
 def _word_of(data: bytes) -> Word:
     # Eight bytes as a word of this machine.
     if cython.compiled:
