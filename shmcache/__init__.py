@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shmcache import errors
-from shmcache._codec import MsgspecCodec
-from shmcache._layout import Cause
-from shmcache._slab import compiled
+from shmcache._engine.slab import compiled
+from shmcache._format.layout import Cause
+from shmcache._format.values import MsgspecCodec
 from shmcache.cache import Cache, Stats
 from shmcache.errors import (
     CacheClosed,
@@ -32,8 +32,8 @@ from shmcache.errors import (
 )
 
 if TYPE_CHECKING:
-    from shmcache._report import report
-    from shmcache._stats_log import log_stats
+    from shmcache._observe.report import report
+    from shmcache._observe.stats_log import log_stats
     from shmcache.configs import ConfigCache, ConfigSettings
     from shmcache.correlations import CorrelationMap, CorrelationSettings
     from shmcache.handles import HandleMap, HandleStats, HostEntry
@@ -87,8 +87,8 @@ _LAZY = {
     "HandleStats": "handles",
     "HostEntry": "handles",
     "PoolSettings": "pools",
-    "log_stats": "_stats_log",
-    "report": "_report",
+    "log_stats": "_observe.stats_log",
+    "report": "_observe.report",
 }
 
 

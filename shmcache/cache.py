@@ -30,13 +30,7 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from shmcache import _check
-from shmcache import _layout as L
-from shmcache._codec import decode_key, decode_tagged, encode_key, make_codec
-from shmcache._flight import Flight
-from shmcache._memoize import Memoized
-from shmcache._segment import Names, Settings
-from shmcache._slab import (
+from shmcache._engine.slab import (
     MISSING,
     Slab,
     close_semaphores,
@@ -44,8 +38,14 @@ from shmcache._slab import (
     touch_buffers,
     ttl_to_ns,
 )
-from shmcache._sweeper import sweeper
-from shmcache._workers import Attachment, mutex
+from shmcache._format import check as _check
+from shmcache._format import layout as L
+from shmcache._format.values import decode_key, decode_tagged, encode_key, make_codec
+from shmcache._process.attachment import Attachment, mutex
+from shmcache._process.sweeper import sweeper
+from shmcache._recipes.memoize import Memoized
+from shmcache._recipes.single_flight import Flight
+from shmcache._segment.create import Names, Settings
 from shmcache.errors import (
     CacheClosed,
     ConfigMismatch,
@@ -59,7 +59,7 @@ from shmcache.errors import (
 if TYPE_CHECKING:
     from types import FrameType
 
-    from shmcache._segment import Header
+    from shmcache._segment.create import Header
 
 log = logging.getLogger("shmcache")
 

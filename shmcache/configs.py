@@ -33,13 +33,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shmcache import _layout as L
-from shmcache._callbacks import Callbacks
-from shmcache._flight import Flight
-from shmcache._report import Component
-from shmcache._slab import MISSING, ttl_to_ns
-from shmcache._sweeper import sweeper
-from shmcache._uwsgi import threads_run
+from shmcache._engine.slab import MISSING, ttl_to_ns
+from shmcache._format import layout as L
+from shmcache._observe.report import Component
+from shmcache._process.callbacks import Callbacks
+from shmcache._process.sweeper import sweeper
+from shmcache._process.uwsgi import threads_run
+from shmcache._recipes.single_flight import Flight
 from shmcache.cache import Cache, Stats, _flag, check_count
 from shmcache.errors import CacheClosed
 from shmcache.handles import IDLE, LOOK, HandleMap, HandleStats
@@ -47,8 +47,8 @@ from shmcache.handles import IDLE, LOOK, HandleMap, HandleStats
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmcache._layout import Cause
-    from shmcache._slab import Ttl
+    from shmcache._engine.slab import Ttl
+    from shmcache._format.layout import Cause
 
 log = logging.getLogger("shmcache")
 

@@ -25,9 +25,9 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shmcache import _layout as L
-from shmcache._report import Component
-from shmcache._slab import ttl_to_ns
+from shmcache._engine.slab import ttl_to_ns
+from shmcache._format import layout as L
+from shmcache._observe.report import Component
 from shmcache.cache import _flag, check_count
 from shmcache.errors import ShmCacheError
 from shmcache.handles import HandleMap, HandleStats
@@ -35,8 +35,8 @@ from shmcache.handles import HandleMap, HandleStats
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmcache._layout import Cause
-    from shmcache._slab import Ttl
+    from shmcache._engine.slab import Ttl
+    from shmcache._format.layout import Cause
 
 # The attribute that an evicted span is given: the cause's name, such as "EXPIRED".
 EVICTED = "shmcache.evicted"

@@ -39,14 +39,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from shmcache import _layout as L
-from shmcache import _workers
-from shmcache._callbacks import Callbacks
-from shmcache._codec import HandleCodec, decode_key, encode_key
-from shmcache._layout import Cause
-from shmcache._slab import MISSING, Ttl
-from shmcache._sweeper import sweeper
-from shmcache._uwsgi import threads_run
+from shmcache._engine.slab import MISSING, Ttl
+from shmcache._format import layout as L
+from shmcache._format.layout import Cause
+from shmcache._format.values import HandleCodec, decode_key, encode_key
+from shmcache._process import attachment as _workers
+from shmcache._process.callbacks import Callbacks
+from shmcache._process.sweeper import sweeper
+from shmcache._process.uwsgi import threads_run
 from shmcache.cache import Cache, Stats, check_count
 from shmcache.errors import ReentrantCall, ShmCacheError
 

@@ -34,8 +34,7 @@ except ImportError as missing:
         "shmcache.otel needs OpenTelemetry: pip install 'shmcache[otel]'"
     ) from missing
 
-from shmcache import _workers
-from shmcache._measures import (
+from shmcache._observe.measures import (
     FACTS_TEXT,
     HISTOGRAMS,
     MEASURES,
@@ -45,13 +44,14 @@ from shmcache._measures import (
     Reading,
     registries,
 )
+from shmcache._process import attachment as _workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider
 
-    from shmcache._measures import Measured
+    from shmcache._observe.measures import Measured
     from shmcache.cache import Cache
 
 

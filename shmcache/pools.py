@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shmcache import _layout as L
-from shmcache._report import Component
-from shmcache._slab import ttl_to_ns
+from shmcache._engine.slab import ttl_to_ns
+from shmcache._format import layout as L
+from shmcache._observe.report import Component
 from shmcache.cache import _flag, check_count
 from shmcache.handles import HandleMap, HandleStats, HostEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from shmcache._layout import Cause
+    from shmcache._format.layout import Cause
 
 # What pools call their end, the most thorough first: urllib3's PoolManager has only
 # clear(), psycopg2's pools closeall(), redis's disconnect(), SQLAlchemy's dispose().

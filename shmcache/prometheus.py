@@ -27,7 +27,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from shmcache._measures import (
+from shmcache._observe.measures import (
     FACTS_TEXT,
     HISTOGRAMS,
     MEASURES,
@@ -39,7 +39,7 @@ from shmcache._measures import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from shmcache._measures import Histogram, Measure, Measured
+    from shmcache._observe.measures import Histogram, Measure, Measured
 
 _PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 

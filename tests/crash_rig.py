@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import shmcache
 import shmcache.handles
-from shmcache import _layout as L
-from shmcache import _sweeper
+from shmcache._format import layout as L
+from shmcache._process import sweeper as _sweeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,7 +140,7 @@ class Tracer:
     A line is one the first time that it is reached: loops go over a thousand rows.
     """
 
-    FILES = frozenset({"_segment.py", "_workers.py", "cache.py"})
+    FILES = frozenset({"_segment/create.py", "_process/attachment.py", "cache.py"})
 
     def __init__(self, fuse: Fuse) -> None:
         self._fuse = fuse

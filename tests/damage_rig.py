@@ -24,9 +24,10 @@ import posix_ipc
 
 import shmcache
 import shmcache.handles
-from shmcache import _check, _sweeper
-from shmcache import _layout as L
-from shmcache._segment import Names
+from shmcache._format import check as _check
+from shmcache._format import layout as L
+from shmcache._process import sweeper as _sweeper
+from shmcache._segment.create import Names
 from shmcache.errors import ShmCacheError
 
 if TYPE_CHECKING:

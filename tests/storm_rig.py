@@ -25,7 +25,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import shmcache
-from shmcache import _layout as L
+from shmcache._format import layout as L
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -30,7 +30,7 @@ import xxhash
 
 import shmcache
 from shmcache import Cache
-from shmcache import _layout as fmt
+from shmcache._format import layout as fmt
 
 if TYPE_CHECKING:
     from conftest import Clock

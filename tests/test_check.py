@@ -20,9 +20,9 @@ from conftest import SHM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shmcache import _check as check
-from shmcache import _layout as fmt
-from shmcache._layout import MASK32, NEVER, Kind, Tag
+from shmcache._format import check
+from shmcache._format import layout as fmt
+from shmcache._format.layout import MASK32, NEVER, Kind, Tag
 
 if TYPE_CHECKING:
     from collections.abc import Callable

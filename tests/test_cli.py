@@ -20,8 +20,8 @@ import pytest
 from test_processes import PATIENCE, SHM, Peer, names_of
 
 from shmcache import Cache, HandleMap, cli
-from shmcache import _layout as L
-from shmcache._inspect import Segment
+from shmcache._format import layout as L
+from shmcache._observe.snapshot import Segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -171,7 +171,7 @@ def test_clean_leaves_what_is_just_being_made(name: str) -> None:
         def clock() -> int:
             return 1
 
-        from shmcache import _segment
+        from shmcache._segment import create as _segment
 
         make = _segment.make_semaphores
 

@@ -32,8 +32,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import shmcache
-from shmcache import _codec
-from shmcache._codec import (
+from shmcache._format import values as _codec
+from shmcache._format.layout import CODEC_SIZE, MAX_KEY, Kind, Tag
+from shmcache._format.values import (
     MAX_DEPTH,
     MAX_KEY_DEPTH,
     MsgspecCodec,
@@ -42,7 +43,6 @@ from shmcache._codec import (
     encode_key,
     make_codec,
 )
-from shmcache._layout import CODEC_SIZE, MAX_KEY, Kind, Tag
 from shmcache.errors import (
     EntryTooLarge,
     SegmentCorrupt,
@@ -106,7 +106,7 @@ class Unhelpful:
 
 def interpreted() -> Any:
     """The same file, run uncompiled, beside the one under test."""
-    source = Path(str(_codec.__file__)).with_name("_codec.py")
+    source = Path(str(_codec.__file__)).with_name("values.py")
     spec = spec_from_file_location("shmcache._codec_interpreted", source)
     assert spec is not None
     assert spec.loader is not None
@@ -790,7 +790,7 @@ def test_late_types_decode_where_nobody_imported_them() -> None:
     if ZONES:
         value.append(datetime(2024, 1, 1, tzinfo=ZoneInfo("UTC")))
     code = (
-        "import sys; from shmcache._codec import make_codec;"
+        "import sys; from shmcache._format.values import make_codec;"
         "late = {'decimal', 'uuid', 'zoneinfo', 'msgspec'} & set(sys.modules);"
         "value = make_codec('msgpack').decode(bytes.fromhex(sys.argv[1]));"
         "print(sorted(late), value)"

@@ -19,8 +19,8 @@ import pytest
 from worker_app import Worker, until
 
 from shmcache import Cache, HandleMap, ReentrantCall, UnsupportedValue
-from shmcache import _layout as L
-from shmcache._report import report
+from shmcache._format import layout as L
+from shmcache._observe.report import report
 from shmcache.configs import ConfigCache, ConfigSettings, Version
 from shmcache.correlations import CorrelationMap
 from shmcache.pools import ConnectionPools, PoolSettings

@@ -36,7 +36,7 @@ from crash_rig import (
 
 import shmcache
 from shmcache import HandleMap
-from shmcache import _layout as L
+from shmcache._format import layout as L
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -53,13 +53,13 @@ from shmcache import (
     LockTimeout,
     SegmentCorrupt,
     SegmentRefused,
-    _block,
-    _check,
-    _segment,
-    _workers,
 )
-from shmcache import _layout as L
-from shmcache._slab import Slab
+from shmcache._engine.slab import Slab
+from shmcache._format import check as _check
+from shmcache._format import layout as L
+from shmcache._process import attachment as _workers
+from shmcache._segment import block as _block
+from shmcache._segment import create as _segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator

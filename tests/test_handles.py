@@ -26,7 +26,7 @@ from test_processes import PATIENCE, Peer, names_of
 
 import shmcache
 from shmcache import Cause, HandleMap
-from shmcache import _layout as L
+from shmcache._format import layout as L
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

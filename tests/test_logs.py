@@ -14,8 +14,8 @@ import pytest
 
 import shmcache
 from shmcache import Cache, Cause, ConfigMismatch, HandleMap
-from shmcache import _layout as L
-from shmcache._stats_log import log_stats
+from shmcache._format import layout as L
+from shmcache._observe.stats_log import log_stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

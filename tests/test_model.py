@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 
 import shmcache
 from shmcache import Cache
-from shmcache import _layout as fmt
+from shmcache._format import layout as fmt
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,7 +22,7 @@ from opentelemetry.sdk.metrics.export import (
 )
 
 from shmcache import Cache, HandleMap
-from shmcache._measures import HISTOGRAMS, MEASURES
+from shmcache._observe.measures import HISTOGRAMS, MEASURES
 from shmcache.otel import instrument
 
 if TYPE_CHECKING:
@@ -341,7 +341,7 @@ def test_without_opentelemetry() -> None:
     """
     code = (
         "import sys; sys.modules['opentelemetry'] = None\n"
-        "import shmcache.prometheus, shmcache._stats_log\n"
+        "import shmcache.prometheus, shmcache._observe.stats_log\n"
         "try:\n    import shmcache.otel\n"
         "except ImportError as error:\n    print(error)"
     )

@@ -89,9 +89,8 @@ def test_compiled_modules_list_what_they_cimport(pyproject: dict[str, Any]) -> N
         text = (ROOT / ext["sources"][0]).read_text(encoding="utf-8")
         expected = {
             path.relative_to(ROOT).as_posix()
-            for path in (ROOT / "shmcache").glob("*.pxd")
-            if f"cython.cimports.shmcache.{path.stem}" in text
-            or f"from cython.cimports.shmcache import {path.stem}" in text
+            for path in (ROOT / "shmcache").rglob("*.pxd")
+            if f"cython.cimports.shmcache.{path.parent.name}.{path.stem}" in text
         }
         assert expected == set(ext.get("depends", ()))
 

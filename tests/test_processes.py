@@ -24,9 +24,9 @@ import pytest
 
 import shmcache
 from shmcache import Cache, CacheClosed, OutOfSharedMemory
-from shmcache import _layout as L
-from shmcache._sweeper import Sweeper
-from shmcache._workers import Attachment
+from shmcache._format import layout as L
+from shmcache._process.attachment import Attachment
+from shmcache._process.sweeper import Sweeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,7 +29,7 @@ from test_servers import APPS, Kind, Server, UnixConnection
 
 import shmcache
 from shmcache import Cache, EntryTooLarge, HandleMap
-from shmcache import _layout as L
+from shmcache._format import layout as L
 from shmcache.prometheus import CacheCollector
 
 if TYPE_CHECKING:
@@ -580,7 +580,8 @@ def test_arguments_are_checked(make_cache: Callable[..., Cache]) -> None:
 def test_prometheus_client_is_imported_by_its_module_alone() -> None:
     """The package, its caches, maps and logs do without prometheus_client."""
     code = (
-        "import sys, shmcache, shmcache.cache, shmcache.handles, shmcache._stats_log;"
+        "import sys, shmcache, shmcache.cache, shmcache.handles;"
+        "import shmcache._observe.stats_log;"
         "print([m for m in sys.modules if m.startswith('prometheus_client')])"
     )
     run = subprocess.run(
@@ -709,7 +710,9 @@ def test_counters_never_fall_while_workers_are_recycled(
 
 def dashboard() -> dict[str, Any]:
     """The dashboard that comes with the package."""
-    found = json.loads((files("shmcache") / "grafana.json").read_text("utf-8"))
+    found = json.loads(
+        (files("shmcache") / "_observe" / "grafana.json").read_text("utf-8")
+    )
     assert isinstance(found, dict)
     return found
 

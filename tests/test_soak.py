@@ -20,8 +20,7 @@ from xml.etree import ElementTree as ET
 import psutil
 import pytest
 
-import shmcache
-from shmcache import _layout as L
+from shmcache._format import layout as L
 from shmcache.demo.server import python
 from shmcache.demo.stop import StopRequest
 from shmcache.handles import HandleMap
@@ -36,6 +35,8 @@ from shmcache.soak.verdict import Judgement, Series, judge, judge_all, theil_sen
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    import shmcache
 
 MIB = 1 << 20
 DEADLINE = 60.0  # s

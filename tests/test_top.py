@@ -22,8 +22,9 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from shmcache import Cache, HandleMap, SegmentNotFound, _top
-from shmcache import _layout as L
+from shmcache import Cache, HandleMap, SegmentNotFound
+from shmcache._format import layout as L
+from shmcache.cli import top as _top
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

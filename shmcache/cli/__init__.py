@@ -5,8 +5,8 @@ a line in ``_COMMANDS``.  What a user can put right (a wrong option, a cache tha
 not exist) is one line on stderr and exit code 2, without a traceback: argparse's own
 refusals, every ShmCacheError and OSError.
 
-Commands that only look (looking.py) see a cache from outside, by _inspect.py, and
-change nothing; those that write (writing.py) attach to it as any process does.
+Commands that only look (inspect.py) see a cache from outside, by _inspect.py, and
+change nothing; those that write (modify.py) attach to it as any process does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import shmcache
-from shmcache.cli import looking, removing, running, writing
+from shmcache.cli import inspect, maintain, modify, run
 from shmcache.cli.options import name_and_json, no_options
 from shmcache.cli.output import NO, USAGE_ERROR, complain
 from shmcache.errors import SegmentCorrupt, ShmCacheError
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         if arguments[:1] == ["soak"]:
-            return running._soak(arguments[1:])
+            return run._soak(arguments[1:])
         options = parser().parse_args(arguments)
         code: int = options.run(options)
         sys.stdout.flush()
@@ -108,52 +108,52 @@ def parser() -> argparse.ArgumentParser:
 
 
 _COMMANDS = (
-    Command("ls", "List the caches of this user.", looking._ls_options, looking._ls),
+    Command("ls", "List the caches of this user.", inspect._ls_options, inspect._ls),
     Command(
-        "stats", "What a cache did, over all processes.", name_and_json, looking._stats
+        "stats", "What a cache did, over all processes.", name_and_json, inspect._stats
     ),
-    Command("top", "Watch caches live.", looking._top_options, looking._top),
-    Command("keys", "List the keys of a cache.", looking._keys_options, looking._keys),
-    Command("get", "Print the value of a key.", looking._get_options, looking._get),
-    Command("set", "Store a value under a key.", writing._set_options, writing._set),
-    Command("delete", "Remove keys.", writing._delete_options, writing._delete),
-    Command("clear", "Remove all entries.", writing._clear_options, writing._clear),
+    Command("top", "Watch caches live.", inspect._top_options, inspect._top),
+    Command("keys", "List the keys of a cache.", inspect._keys_options, inspect._keys),
+    Command("get", "Print the value of a key.", inspect._get_options, inspect._get),
+    Command("set", "Store a value under a key.", modify._set_options, modify._set),
+    Command("delete", "Remove keys.", modify._delete_options, modify._delete),
+    Command("clear", "Remove all entries.", modify._clear_options, modify._clear),
     Command(
         "inspect",
         "Show the record of a key.",
-        looking._inspect_options,
-        looking._inspect,
+        inspect._inspect_options,
+        inspect._inspect,
     ),
     Command(
-        "handles", "List the handles of all workers.", name_and_json, looking._handles
+        "handles", "List the handles of all workers.", name_and_json, inspect._handles
     ),
     Command(
-        "check", "Look for damage in a cache.", removing._check_options, removing._check
+        "check", "Look for damage in a cache.", maintain._check_options, maintain._check
     ),
     Command(
         "clean",
         "Remove what no living process uses.",
-        removing._clean_options,
-        removing._clean,
+        maintain._clean_options,
+        maintain._clean,
     ),
-    Command("unlink", "Remove one cache.", removing._unlink_options, removing._unlink),
+    Command("unlink", "Remove one cache.", maintain._unlink_options, maintain._unlink),
     Command(
         "demo",
         "Gunicorn workers on real work: a dict in each, then one shared cache.",
-        running._demo_options,
-        running._demo,
+        run._demo_options,
+        run._demo,
     ),
     Command(
         "soak",
         "Does memory stay flat?  Worker processes under load, watched.",
-        running._soak_options,
-        lambda options: running._soak(options.arguments),
+        run._soak_options,
+        lambda options: run._soak(options.arguments),
     ),
-    Command("info", "Version, engine, Python and platform.", no_options, running._info),
+    Command("info", "Version, engine, Python and platform.", no_options, run._info),
     Command(
         "completion",
         "Print a script that completes this command in a shell.",
-        running._completion_options,
-        running._completion,
+        run._completion_options,
+        run._completion,
     ),
 )

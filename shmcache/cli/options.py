@@ -27,7 +27,7 @@ def json_option(parser: argparse._ActionsContainer) -> None:
 
 def type_option(parser: argparse.ArgumentParser, what: str = "KEY") -> None:
     """How a key is written."""
-    from shmcache._show import KEY_TYPES
+    from shmcache.cli.show import KEY_TYPES
 
     parser.add_argument(
         "--type",
@@ -47,7 +47,7 @@ def key_option(parser: argparse.ArgumentParser, **more: Any) -> None:
 
 
 def _cache_name(text: str) -> str:
-    from shmcache._segment import Names
+    from shmcache._segment.create import Names
 
     try:
         return Names.of(text).cache

@@ -8,13 +8,13 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from shmcache import _layout as L
+from shmcache._format import layout as L
 from shmcache.errors import SegmentNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from shmcache._inspect import Entry, Segment
+    from shmcache._observe.snapshot import Entry, Segment
 
 NO = 1
 USAGE_ERROR = 2
@@ -45,7 +45,7 @@ def not_found(name: str) -> SegmentNotFound:
 @contextmanager
 def opened(name: str) -> Iterator[Segment]:
     """A cache seen from outside."""
-    from shmcache._inspect import Segment
+    from shmcache._observe.snapshot import Segment
 
     with Segment(name) as segment:
         yield segment
@@ -55,8 +55,8 @@ def chosen_entries(
     segment: Segment, prefix: str | None, how: str, *, values: bool = False
 ) -> Iterator[Entry]:
     """The living entries whose key begins with a prefix, as for ``Cache.clear``."""
-    from shmcache._codec import encode_key
-    from shmcache._show import parse_key
+    from shmcache._format.values import encode_key
+    from shmcache.cli.show import parse_key
     from shmcache.errors import UnsupportedKey
 
     wanted = None
@@ -81,8 +81,8 @@ def _begins(key: tuple[int, bytes], prefix: tuple[int, bytes]) -> bool:
 
 def entries_of(segment: Segment, key: str, how: str) -> list[Entry]:
     """The entries of a key, expired ones included: of handles one for each owner."""
-    from shmcache._codec import encode_key
-    from shmcache._show import parse_key
+    from shmcache._format.values import encode_key
+    from shmcache.cli.show import parse_key
 
     wanted = encode_key(parse_key(key, how))
     if segment.holds_handles:

@@ -22,8 +22,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shmcache import _check
-from shmcache import _layout as L
+from shmcache._format import check as _check
+from shmcache._format import layout as L
 
 if TYPE_CHECKING:
     from shmcache import Cache, Stats

@@ -22,7 +22,7 @@ import time
 import weakref
 from typing import Protocol
 
-from shmcache._uwsgi import threads_run
+from shmcache._process.uwsgi import threads_run
 from shmcache.errors import CacheClosed, LockTimeout
 
 log = logging.getLogger("shmcache")

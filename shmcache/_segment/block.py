@@ -16,8 +16,8 @@ import mmap
 import os
 from multiprocessing.shared_memory import SharedMemory
 
-from shmcache import _layout as L
-from shmcache._segment import Names, identity, no_room, open_own
+from shmcache._format import layout as L
+from shmcache._segment.create import Names, identity, no_room, open_own
 from shmcache.errors import SegmentCorrupt
 
 _never_closed: list[object] = []

@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from shmcache import _layout as L
+from shmcache._format import layout as L
 from shmcache.cli.options import (
     json_option,
     key_option,
@@ -33,8 +33,8 @@ from shmcache.errors import SegmentNotFound, ShmCacheError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shmcache._clean import Found
-    from shmcache._inspect import Entry, Segment
+    from shmcache._observe.snapshot import Entry, Segment
+    from shmcache.cli.clean import Found
 
 
 def _ls_options(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def _ls_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _ls(options: argparse.Namespace) -> int:
-    from shmcache import _clean
+    from shmcache.cli import clean as _clean
 
     survey = _clean.survey()
     if options.wanted:
@@ -85,7 +85,7 @@ _TOLD = (
 
 def _summary(found: Found) -> dict[str, Any]:
     # One cache of `ls`; what is None cannot be told.
-    from shmcache._inspect import Segment
+    from shmcache._observe.snapshot import Segment
 
     told: dict[str, Any] = dict.fromkeys(_TOLD)
     trouble = found.trouble
@@ -113,7 +113,7 @@ def _summary(found: Found) -> dict[str, Any]:
 
 
 def _summary_row(one: dict[str, Any]) -> Sequence[str]:
-    from shmcache._show import ratio_text, size_text, span_text
+    from shmcache.cli.show import ratio_text, size_text, span_text
 
     left = one["name"], one["state"], size_text(one["bytes"])
     if one["entries"] is None:
@@ -148,7 +148,7 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _print_stats(stats: dict[str, Any], settings: dict[str, Any]) -> None:
-    from shmcache._show import ratio_text, size_text, span_text
+    from shmcache.cli.show import ratio_text, size_text, span_text
 
     def seconds(ns: int) -> str:
         return span_text(ns / 1e9 if ns else None)
@@ -234,7 +234,7 @@ def _count(text: str) -> int:
 def _keys(options: argparse.Namespace) -> int:
     from itertools import islice
 
-    from shmcache._show import json_line, plain
+    from shmcache.cli.show import json_line, plain
 
     damaged = 0
     with opened(options.name) as segment:
@@ -274,8 +274,8 @@ def _get_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _get(options: argparse.Namespace) -> int:
-    from shmcache._inspect import Undecoded
-    from shmcache._show import json_line, value_text
+    from shmcache._observe.snapshot import Undecoded
+    from shmcache.cli.show import json_line, value_text
 
     with opened(options.name) as segment:
         found = entries_of(segment, options.key, options.type)
@@ -315,7 +315,7 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from shmcache._show import plain
+    from shmcache.cli.show import plain
 
     with opened(options.name) as segment:
         found = entries_of(segment, options.key, options.type)
@@ -333,7 +333,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _record(segment: Segment, entry: Entry) -> dict[str, Any]:
-    from shmcache._show import plain
+    from shmcache.cli.show import plain
 
     ring = segment.ring(entry.shard)
     tag = entry.tag
@@ -363,7 +363,7 @@ def _record(segment: Segment, entry: Entry) -> dict[str, Any]:
 
 
 def _print_record(record: dict[str, Any]) -> None:
-    from shmcache._show import json_line, short, span_text, value_text
+    from shmcache.cli.show import json_line, short, span_text, value_text
 
     r = record
     fields = {
@@ -403,7 +403,7 @@ def _owner(segment: Segment, entry: Entry) -> dict[str, Any]:
 
 
 def _handles(options: argparse.Namespace) -> int:
-    from shmcache._show import json_line, plain, short, span_text, value_text
+    from shmcache.cli.show import json_line, plain, short, span_text, value_text
 
     damaged = False
     listed: list[dict[str, Any]] = []
@@ -460,7 +460,7 @@ def _top_options(parser: argparse.ArgumentParser) -> None:
 
 def _top(options: argparse.Namespace) -> int:
     try:
-        from shmcache import _top
+        from shmcache.cli import top as _top
     except ImportError as error:
         return lacking("top", "cli", error)
     if not options.once and not (sys.stdout.isatty() and sys.stdin.isatty()):

@@ -21,12 +21,12 @@ import weakref
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
-from shmcache import _workers
-from shmcache._measures import Reader, Reading, registries
-from shmcache._uwsgi import threads_run
+from shmcache._observe.measures import Reader, Reading, registries
+from shmcache._process import attachment as _workers
+from shmcache._process.uwsgi import threads_run
 
 if TYPE_CHECKING:
-    from shmcache._measures import Measured
+    from shmcache._observe.measures import Measured
     from shmcache.cache import Cache, Stats
 
 log = logging.getLogger("shmcache")

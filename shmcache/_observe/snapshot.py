@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import xxhash
 
-from shmcache import _check, _segment, _workers
-from shmcache import _layout as L
-from shmcache._codec import HandleCodec, MsgpackCodec, decode_key, decode_tagged
-from shmcache._segment import Header, Names
+from shmcache._format import check as _check
+from shmcache._format import layout as L
+from shmcache._format.values import HandleCodec, MsgpackCodec, decode_key, decode_tagged
+from shmcache._process import attachment as _workers
+from shmcache._segment import create as _segment
+from shmcache._segment.create import Header, Names
 from shmcache.cache import Stats
 from shmcache.errors import SegmentCorrupt, SegmentNotFound, SegmentRefused
 

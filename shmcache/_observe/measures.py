@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
-from shmcache import _layout as L
+from shmcache._format import layout as L
 from shmcache.cache import Cache, Stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from shmcache._report import Component
+    from shmcache._observe.report import Component
     from shmcache.handles import HandleMap
 
     Measured = Cache | HandleMap | Component

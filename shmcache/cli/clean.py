@@ -15,9 +15,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shmcache import _check, _segment, _workers
-from shmcache import _layout as L
-from shmcache._segment import SHM_DIR, Names
+from shmcache._format import check as _check
+from shmcache._format import layout as L
+from shmcache._process import attachment as _workers
+from shmcache._segment import create as _segment
+from shmcache._segment.create import SHM_DIR, Names
 from shmcache.errors import SegmentNotFound, SegmentRefused, ShmCacheError
 
 if TYPE_CHECKING:

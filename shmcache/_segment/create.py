@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import posix_ipc
 
-from shmcache import _layout as L
+from shmcache._format import layout as L
 from shmcache.errors import (
     CacheClosed,
     ConfigMismatch,
@@ -31,7 +31,7 @@ from shmcache.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmcache._block import Block
+    from shmcache._segment.block import Block
 
 log = logging.getLogger("shmcache")
 
@@ -217,7 +217,7 @@ def open_own(path: str, flags: int) -> int:
 
 def create(names: Names, settings: Settings, lease_inode: int, now: int) -> Block:
     """A new, empty segment with its semaphores; the caller holds the admin lock."""
-    from shmcache._block import Block
+    from shmcache._segment.block import Block
 
     geometry = settings.geometry
     block = Block(names, geometry.size)

@@ -75,7 +75,7 @@ def _soak(arguments: Sequence[str]) -> int:
 
 
 def _completion_options(parser: argparse.ArgumentParser) -> None:
-    from shmcache._completion import SHELLS
+    from shmcache.cli.completion import SHELLS
 
     parser.description = (
         'Print a script that completes commands, options and cache names: eval "$('
@@ -88,7 +88,7 @@ def _completion_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _completion(options: argparse.Namespace) -> int:
-    from shmcache import _completion
+    from shmcache.cli import completion as _completion
     from shmcache.cli import parser
 
     print(_completion.script(options.shell, parser()), end="")

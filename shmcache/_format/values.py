@@ -34,12 +34,19 @@ from typing import Any
 try:
     import cython
 except ImportError:
-    from shmcache import _cython as cython
+    from shmcache._format import shim as cython
 
 from msgpack import ExtType, Packer, unpackb
 from xxhash import xxh3_64_hexdigest
 
-from shmcache._layout import CODEC_SIZE, HANDLE_PREFIX, HANDLES, MAX_KEY, Kind, Tag
+from shmcache._format.layout import (
+    CODEC_SIZE,
+    HANDLE_PREFIX,
+    HANDLES,
+    MAX_KEY,
+    Kind,
+    Tag,
+)
 from shmcache.errors import (
     EntryTooLarge,
     SegmentCorrupt,

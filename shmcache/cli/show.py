@@ -11,7 +11,7 @@ import json
 import math
 from typing import Any
 
-from shmcache._inspect import Undecoded
+from shmcache._observe.snapshot import Undecoded
 from shmcache.errors import UnsupportedKey
 
 KEY_TYPES = ("text", "int", "hex", "json")

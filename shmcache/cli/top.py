@@ -25,10 +25,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from shmcache import _clean
-from shmcache import _layout as L
-from shmcache._inspect import Inside, Segment, Worker
-from shmcache._show import json_line, ratio_text, short, size_text, span_text
+from shmcache._format import layout as L
+from shmcache._observe.snapshot import Inside, Segment, Worker
+from shmcache.cli import clean as _clean
+from shmcache.cli.show import json_line, ratio_text, short, size_text, span_text
 from shmcache.errors import SegmentNotFound, ShmCacheError
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class Look:
 
     @classmethod
     def at_segment(cls, segment: Segment) -> Look:
+        """What is there now."""
         return cls(
             at=time.monotonic(),
             stats=segment.stats(),
@@ -110,6 +111,7 @@ class Interval:
 
     @property
     def seconds(self) -> float:
+        """The time from the first look to the second."""
         return self.after.at - self.before.at
 
     def difference(self, count: Callable[[Stats], float]) -> float:

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from shmcache._uwsgi import threads_run
+from shmcache._process.uwsgi import threads_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -48,15 +48,15 @@ from typing import Any
 from msgpack import unpackb
 from xxhash import xxh3_64_intdigest
 
-from shmcache import _layout as L
-from shmcache._codec import RICH, decode_tagged, encode_key
-from shmcache._segment import Gone
+from shmcache._format import layout as L
+from shmcache._format.values import RICH, decode_tagged, encode_key
+from shmcache._segment.create import Gone
 from shmcache.errors import EntryTooLarge, LockTimeout, SegmentCorrupt, UnsupportedValue
 
 try:
     import cython
 except ImportError:
-    from shmcache import _cython as cython
+    from shmcache._format import shim as cython
 
 if cython.compiled:
     from cython.cimports.cpython.bytes import (
@@ -65,7 +65,7 @@ if cython.compiled:
     )
     from cython.cimports.cpython.exc import PyErr_CheckSignals
     from cython.cimports.cpython.unicode import PyUnicode_AsUTF8String
-    from cython.cimports.shmcache._memory import (
+    from cython.cimports.shmcache._engine.memory import (
         CHECKSUMS,
         cas,
         checksum,

@@ -38,8 +38,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from shmcache import _layout as L
-from shmcache import _segment
+from shmcache._format import layout as L
+from shmcache._segment import create as _segment
 from shmcache.errors import (
     LockTimeout,
     SegmentCorrupt,
@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from shmcache._block import Block
-    from shmcache._segment import Header, Names, Settings
-from shmcache._slab import leave_on_exit, left_before_exit
+    from shmcache._segment.block import Block
+    from shmcache._segment.create import Header, Names, Settings
+from shmcache._engine.slab import leave_on_exit, left_before_exit
 
 log = logging.getLogger("shmcache")
 
@@ -346,7 +346,7 @@ class Attachment:
 
     def _find(self, settings: Settings | None, now: int) -> bool:
         # The segment, made if need be; whether it was left by others.
-        from shmcache._block import Block
+        from shmcache._segment.block import Block
 
         names = self.names
         in_use = self.lease.holder(_ROW, L.ROWS) is not None

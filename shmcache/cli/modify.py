@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import shmcache
-from shmcache import _layout as L
+from shmcache._format import layout as L
 from shmcache.cli.options import key_option, name_option, type_option
 from shmcache.cli.output import (
     NO,
@@ -47,7 +47,7 @@ def _set_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _ttl(text: str) -> float | None:
-    from shmcache._slab import ttl_to_ns
+    from shmcache._engine.slab import ttl_to_ns
 
     if text == "never":
         return None
@@ -61,7 +61,7 @@ def _ttl(text: str) -> float | None:
 
 
 def _set(options: argparse.Namespace) -> int:
-    from shmcache._show import json_line, parse_key
+    from shmcache.cli.show import json_line, parse_key
 
     key = parse_key(options.key, options.type)
     text = sys.stdin.read() if options.value is None else options.value
@@ -91,8 +91,8 @@ def _delete_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _delete(options: argparse.Namespace) -> int:
-    from shmcache._codec import encode_key
-    from shmcache._show import json_line, parse_key
+    from shmcache._format.values import encode_key
+    from shmcache.cli.show import json_line, parse_key
 
     missing = 0
     keys = [parse_key(text, options.type) for text in options.key]
@@ -125,7 +125,7 @@ def _clear_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _clear(options: argparse.Namespace) -> int:
-    from shmcache._show import parse_key
+    from shmcache.cli.show import parse_key
 
     with _attached(options.name) as cache:
         if options.prefix is None:
@@ -147,8 +147,8 @@ def _attached(name: str, *, storing: bool = False) -> Iterator[shmcache.Cache]:
     One that the dead have left is not: the next process to create it starts anew, and
     whoever only attached would remove what is to be looked at.
     """
-    from shmcache._codec import FunctionCodec
-    from shmcache._inspect import Segment
+    from shmcache._format.values import FunctionCodec
+    from shmcache._observe.snapshot import Segment
 
     with Segment(name) as segment:
         codec: Any = segment.codec

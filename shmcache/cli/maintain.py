@@ -11,7 +11,7 @@ from shmcache.cli.output import NO, complain, not_found
 if TYPE_CHECKING:
     import argparse
 
-    from shmcache._clean import Found
+    from shmcache.cli.clean import Found
 
 
 def _clean_options(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def _clean_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _clean(options: argparse.Namespace) -> int:
-    from shmcache import _clean
+    from shmcache.cli import clean as _clean
 
     found = [
         one
@@ -100,7 +100,7 @@ def _unlink_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _unlink(options: argparse.Namespace) -> int:
-    from shmcache import _clean
+    from shmcache.cli import clean as _clean
 
     name = options.name
     found = [one for one in _clean.survey() if one.name == name]
@@ -124,7 +124,7 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from shmcache import _clean
+    from shmcache.cli import clean as _clean
 
     findings = _clean.check(options.name)
     if options.json:

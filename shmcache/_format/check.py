@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Literal
 
 import xxhash
 
-from shmcache import _layout as fmt
-from shmcache._layout import MASK32, MASK64, NEVER, Geometry, Kind, Tag
+from shmcache._format import layout as fmt
+from shmcache._format.layout import MASK32, MASK64, NEVER, Geometry, Kind, Tag
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -1,0 +1,1 @@
+"""What one process is to a segment: its worker row, its kernel locks, its threads."""

@@ -1,0 +1,1 @@
+"""What is built of a cache's atomic calls: single flight and memoized functions."""

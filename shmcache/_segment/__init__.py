@@ -1,0 +1,1 @@
+"""The segment as files: names, settings, header, creation, opening, removal."""
