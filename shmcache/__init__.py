@@ -13,7 +13,7 @@ from shmcache import errors
 from shmcache._engine.slab import compiled
 from shmcache._format.layout import Cause
 from shmcache._format.values import MsgspecCodec
-from shmcache.cache import Cache, Stats
+from shmcache.cache import Cache
 from shmcache.errors import (
     CacheClosed,
     ConfigMismatch,
@@ -30,6 +30,7 @@ from shmcache.errors import (
     UnsupportedPlatform,
     UnsupportedValue,
 )
+from shmcache.stats import Stats
 
 if TYPE_CHECKING:
     from shmcache._observe.report import report

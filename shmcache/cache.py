@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import struct
 import sys
 import threading
@@ -19,24 +18,29 @@ from bisect import bisect_left
 from collections.abc import (
     Callable,
     ItemsView,
-    Iterable,
     Iterator,
     KeysView,
     Mapping,
     MutableMapping,
-    Sequence,
     ValuesView,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from shmcache._arguments import (
+    check_budget,
+    check_count,
+    check_flag,
+    check_ttl,
+    parse_size,
+    ttl_to_ns,
+)
 from shmcache._engine.slab import (
     MISSING,
     Slab,
     close_semaphores,
     compiled,
     touch_buffers,
-    ttl_to_ns,
 )
 from shmcache._format import check as _check
 from shmcache._format import layout as L
@@ -55,11 +59,11 @@ from shmcache.errors import (
     UnsupportedKey,
     UnsupportedPlatform,
 )
+from shmcache.stats import Stats
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from shmcache._segment.create import Header
 
 log = logging.getLogger("shmcache")
 
@@ -67,61 +71,6 @@ log = logging.getLogger("shmcache")
 # some tens of microseconds compiled.
 STEP = 64
 MIN_CLEANUP, MAX_CLEANUP = 1.0, 300.0
-
-_SIZE = re.compile(
-    r"([0-9]{1,30})(?:\.([0-9]{1,30}))?\s*(?:([kmgt])(i?))?b?", re.IGNORECASE
-)
-
-
-def parse_size(size: Any, what: str = "max_bytes") -> int:
-    """Bytes of an int or of a text such as "64 MiB", "64M" (binary) or "64 MB"."""
-    if isinstance(size, int) and not isinstance(size, bool):
-        number = size
-    elif isinstance(size, str) and (match := _SIZE.fullmatch(size.strip())):
-        whole, part, prefix, binary = match.groups("")
-        base = 1000 if prefix and not binary and size.strip()[-1] in "bB" else 1024
-        unit = base ** " kmgt".index(prefix.lower() or " ")
-        number = int(whole + part) * unit // 10 ** len(part)
-    else:
-        refused = ValueError if isinstance(size, str) else TypeError
-        raise refused(
-            f'{what} must be a number of bytes or a text such as "64 MiB", not {size!r}'
-        )
-    if number <= 0:
-        raise ValueError(
-            f"{what} must be over 0, not {size!r}; leave it out for the"
-            " default of 512 bytes an entry"
-        )
-    return number
-
-
-def check_count(value: Any, what: str, low: int, high: int, hint: str) -> int:
-    """An int within bounds, or TypeError or ValueError with the hint."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} must be an int, not {value!r}; {hint}")
-    if not low <= value <= high:
-        raise ValueError(f"{what} must be from {low} to {high}, not {value}; {hint}")
-    return value
-
-
-def _flag(value: Any, what: str) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{what} must be True or False, not {value!r}")
-    return value
-
-
-def _check_budget(seconds: Any, what: str) -> None:
-    # A time to spend, or to wait; unlike a TTL it may be 0, or without a bound.
-    if seconds is None:
-        return
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise TypeError(
-            f"{what} must be a number of seconds, or None for no limit, not {seconds!r}"
-        )
-    if not seconds >= 0:
-        raise ValueError(
-            f"{what} must be 0 seconds or more, or None for no limit, not {seconds!r}"
-        )
 
 
 def _plan(
@@ -169,11 +118,11 @@ def _plan(
         max_entries=max_entries,
         max_bytes=size,
         ttl_ns=ttl_ns,
-        sliding=_flag(sliding, "sliding"),
+        sliding=check_flag(sliding, "sliding"),
         jitter_ppm=round(jitter * 1_000_000),
         cleanup_ns=ttl_to_ns(cleanup_interval, "cleanup_interval"),
         shards=shards,
-        persist=_flag(persist, "persist"),
+        persist=check_flag(persist, "persist"),
         codec=codec,
     )
     geometry = settings.geometry
@@ -188,120 +137,6 @@ def _plan(
             f" over {L.MAX_INDEX}; raise shards, or lower max_bytes"
         )
     return settings
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a cache did since its segment was created, over all processes.
-
-    Times are in seconds, sizes in bytes.
-    """
-
-    name: str
-    entries: int  # with those expired but not yet removed
-    max_entries: int  # 0: bounded by bytes alone
-    bytes_used: int  # in blocks, as bytes_capacity is
-    bytes_capacity: int
-    segment_bytes: int  # all of the shared memory
-    hits: int
-    misses: int
-    sets: int
-    removed: dict[str, int] = field(repr=False)  # by cause
-    expired: int
-    evicted: int  # for want of room
-    unread: int  # expired or evicted without ever having been read
-    sweeps: int
-    sweep_seconds: float
-    too_large: int
-    lock_waits: int
-    lock_wait_seconds: float
-    lock_timeouts: int
-    recoveries: int  # shards taken over from the dead, or repaired
-    dropped: int  # entries that a repair had to give up
-    recovered: int  # entries there when a persistent cache was last taken up again
-    handles_opened: int  # of a HandleMap, as are the next three; else 0
-    handles_closed: int  # gone, with their callbacks done; the dead close none
-    callbacks: int
-    callback_failures: int
-    # Histograms: how many in each bucket of _layout's *_BOUNDS, and over the last one.
-    sweep_buckets: tuple[int, ...] = field(repr=False)
-    lock_wait_buckets: tuple[int, ...] = field(repr=False)
-    eviction_age_buckets: tuple[int, ...] = field(repr=False)
-    eviction_age_seconds: float  # the sum of the ages of all that were evicted
-    shards: int
-    workers: int
-    age: float
-    compiled: bool
-
-    @classmethod
-    def of(
-        cls,
-        header: Header,
-        shards: Iterable[Sequence[int]],
-        counters: list[int],
-        *,
-        recovered: int,
-        workers: int,
-    ) -> Self:
-        """From each shard's words up to the counters' end, and the rows' counters."""
-        geometry, settings = header.geometry, header.settings
-        sums = [0] * L.S_COUNTERS_END
-        for words in shards:
-            for i, word in enumerate(words):
-                sums[i] += word
-        rows = [0] * L.R_COUNTERS + counters
-        removed = {cause.name: sums[L.S_GONE + cause] for cause in L.Cause}
-        return cls(
-            name=header.name,
-            entries=sums[L.S_ENTRIES],
-            max_entries=settings.max_entries,
-            bytes_used=sums[L.S_BLOCKS_USED] * geometry.block_size,
-            bytes_capacity=geometry.blocks * geometry.shards * geometry.block_size,
-            segment_bytes=geometry.size,
-            hits=sums[L.S_HITS] + rows[L.R_HITS],
-            misses=sums[L.S_MISSES] + rows[L.R_MISSES],
-            sets=sums[L.S_SETS],
-            removed=removed,
-            expired=removed["EXPIRED"],
-            evicted=removed["CAPACITY"],
-            unread=sums[L.S_UNREAD],
-            sweeps=rows[L.R_SWEEPS],
-            sweep_seconds=rows[L.R_SWEEP_NS] / 1e9,
-            too_large=sums[L.S_TOO_LARGE],
-            lock_waits=sums[L.S_LOCK_WAITS],
-            lock_wait_seconds=sums[L.S_LOCK_WAIT_NS] / 1e9,
-            lock_timeouts=sums[L.S_LOCK_TIMEOUTS],
-            recoveries=sums[L.S_RECOVERIES],
-            dropped=sums[L.S_DROPPED],
-            recovered=recovered,
-            handles_opened=rows[L.R_OPENED],
-            handles_closed=rows[L.R_CLOSED],
-            callbacks=rows[L.R_CALLBACKS],
-            callback_failures=rows[L.R_CALLBACK_FAILURES],
-            sweep_buckets=_buckets(
-                rows, L.R_SWEEP_BUCKETS, L.SWEEP_BOUNDS, rows[L.R_SWEEPS]
-            ),
-            lock_wait_buckets=_buckets(
-                sums, L.S_LOCK_BUCKETS, L.LOCK_BOUNDS, sums[L.S_LOCK_WAITS]
-            ),
-            eviction_age_buckets=_buckets(
-                sums,
-                L.S_AGE_BUCKETS,
-                L.AGE_BOUNDS,
-                removed["EXPIRED"] + removed["CAPACITY"],
-            ),
-            eviction_age_seconds=(sums[L.S_AGES] << L.STAMP_SHIFT) / 1e9,
-            shards=settings.shards,
-            workers=workers,
-            age=(time.time_ns() - header.created_ns) / 1e9,
-            compiled=compiled,
-        )
-
-    @property
-    def hit_ratio(self) -> float:
-        """Hits by lookups; 0.0 before the first lookup."""
-        lookups = self.hits + self.misses
-        return self.hits / lookups if lookups else 0.0
 
 
 class Cache(Slab):
@@ -382,6 +217,18 @@ class Cache(Slab):
         self._given_codec = codec
         self._open(name, None, chosen, lock_timeout, clock)
         return self
+
+    @property
+    def internals(self) -> Internals:
+        """What other modules of this package build on; not a public interface."""
+        return Internals(
+            attachment=self._attachment,
+            settings=self._settings,
+            codec=self._codec,
+            entries=self._entries,
+            snapshot=self._snapshot,
+            writes=self._writes,
+        )
 
     # --- life -----------------------------------------------------------------------
 
@@ -750,9 +597,8 @@ class Cache(Slab):
                 f"factory must be callable, not {factory!r}; for a value that is"
                 " there already use setdefault()"
             )
-        if ttl is not ... and ttl is not None:
-            ttl_to_ns(ttl)
-        _check_budget(timeout, "timeout")
+        check_ttl(ttl)
+        check_budget(timeout, "timeout")
         flight = Flight(self, key, threading.get_ident(), timeout)
         with flight.landing():
             for pause in flight.pauses():
@@ -803,8 +649,7 @@ class Cache(Slab):
         """
         if callable(ttl):
             raise TypeError("memoize needs its parentheses: @cache.memoize()")
-        if ttl is not ... and ttl is not None:
-            ttl_to_ns(ttl)
+        check_ttl(ttl)
         if key is not None and not callable(key):
             raise TypeError(
                 f"key must be callable, as it makes the key of a call, not {key!r}"
@@ -853,7 +698,7 @@ class Cache(Slab):
         in short holds of one lock.  Each process does this by itself from time to time.
         """
         self._require_open()
-        _check_budget(budget, "budget")
+        check_budget(budget, "budget")
         started = time.monotonic()
         removed = 0
         for shard in range(self._settings.shards):
@@ -971,6 +816,19 @@ class Cache(Slab):
                 break
         return data
 
+    def _writes(self) -> list[int] | None:
+        # The number of writes that each shard has seen; None while one is under way.
+        self._require_open()
+        words = self._attachment.words
+        counts = []
+        for shard in range(self._settings.shards):
+            base = self._words_of(shard)
+            epoch = words[base + L.S_EPOCH]
+            counts.append(words[base + L.S_SEQUENCE])
+            if epoch & 1 or words[base + L.S_EPOCH] != epoch:
+                return None
+        return counts
+
     def check(self) -> list[str]:
         """What is wrong with the segment, a sentence each; empty when it is sound.
 
@@ -990,12 +848,23 @@ class Cache(Slab):
         return findings
 
 
-def _buckets(
-    words: list[int], first: int, bounds: tuple[float, ...], total: int
-) -> tuple[int, ...]:
-    # With the one that is not counted: what is over the last bound.
-    counts = words[first : first + len(bounds)]
-    return (*counts, max(0, total - sum(counts)))
+@dataclass(frozen=True)
+class Internals:
+    """What modules of this package may use of a cache beyond its public methods.
+
+    A new object for each use, so that it keeps no cache alive.
+    """
+
+    attachment: Attachment
+    settings: Settings
+    codec: Any
+    # Kind, key, tag, value, expiry (ns) and stamp of each entry; ``values=`` says
+    # whether values are copied.
+    entries: Callable[..., Iterator[tuple[int, bytes, int, bytes, int, int]]]
+    # A copy of the bytes of a shard from one offset to another, made under its lock.
+    snapshot: Callable[[int, int, int], bytes]
+    # How many writes each shard has seen; None while one is under way.
+    writes: Callable[[], list[int] | None]
 
 
 @dataclass(frozen=True)

@@ -33,22 +33,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shmcache._engine.slab import MISSING, ttl_to_ns
+from shmcache._arguments import check_callable, check_count, check_flag, ttl_to_ns
+from shmcache._component import Component
+from shmcache._engine.slab import MISSING
 from shmcache._format import layout as L
-from shmcache._observe.report import Component
 from shmcache._process.callbacks import Callbacks
 from shmcache._process.sweeper import sweeper
 from shmcache._process.uwsgi import threads_run
 from shmcache._recipes.single_flight import Flight
-from shmcache.cache import Cache, Stats, _flag, check_count
+from shmcache.cache import Cache
 from shmcache.errors import CacheClosed
 from shmcache.handles import IDLE, LOOK, HandleMap, HandleStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmcache._engine.slab import Ttl
+    from shmcache._arguments import Ttl
     from shmcache._format.layout import Cause
+    from shmcache.stats import Stats
 
 log = logging.getLogger("shmcache")
 
@@ -95,7 +97,7 @@ class ConfigSettings:
             *("config_cache_ttl", "watcher_ttl", "listener_ttl", "cleanup_interval"),
         ):
             ttl_to_ns(getattr(self, name), name)
-        _flag(self.enable_metrics, "enable_metrics")
+        check_flag(self.enable_metrics, "enable_metrics")
 
     @classmethod
     def conservative(cls) -> ConfigSettings:
@@ -244,7 +246,7 @@ class ConfigCache(Component):
                 f"settings must be ConfigSettings, not {settings!r}; for example"
                 " ConfigSettings.conservative()"
             )
-        _require_callable(loader, "loader", "loader(key) loads a configuration")
+        check_callable(loader, "loader", "loader(key) loads a configuration")
         made_by = functools.partial(
             ConfigCache,
             name,
@@ -373,7 +375,7 @@ class ConfigCache(Component):
         return True
 
     def _load(self, key: Any, loader: Any, asked: int, timeout: float | None) -> Any:
-        _require_callable(loader, "loader", "loader(key) loads a configuration")
+        check_callable(loader, "loader", "loader(key) loads a configuration")
         load = loader or self._loader
         if load is None:
             raise KeyError(key)
@@ -433,7 +435,7 @@ class ConfigCache(Component):
                 f"start must be callable, not {start!r}: start(changed) returns a"
                 " watcher"
             )
-        _require_callable(loader, "loader", "loader(key) loads a configuration")
+        check_callable(loader, "loader", "loader(key) loads a configuration")
         if loader is None and self._loader is None:
             raise TypeError(
                 f"nothing could reload {key!r} when it changes: give ConfigCache, or"
@@ -496,7 +498,7 @@ class ConfigCache(Component):
                 f"callback must be callable, not {callback!r}: it is called as"
                 " callback(key, old, new)"
             )
-        _require_callable(on_end, "on_end", "on_end(key) is called when it has ended")
+        check_callable(on_end, "on_end", "on_end(key) is called when it has ended")
         here = self._mine()
         seen = self.version(key)
         with here.lock:
@@ -545,17 +547,8 @@ class ConfigCache(Component):
 
     def _moment(self, asked: int) -> list[int] | None:
         # How often each shard of the cache has been written to; None while one is.
-        configs = self._configs
-        configs._require_open()
-        words = configs._attachment.words
-        moment = [asked]
-        for shard in range(configs._settings.shards):
-            base = configs._words_of(shard)
-            epoch = words[base + L.S_EPOCH]
-            moment.append(words[base + L.S_SEQUENCE])
-            if epoch & 1 or words[base + L.S_EPOCH] != epoch:
-                return None
-        return moment
+        counts = self._configs.internals.writes()
+        return None if counts is None else [asked, *counts]
 
     def _schedule(self, here: _Here, group: _Group) -> None:
         with group.lock:
@@ -716,8 +709,3 @@ def _require_config(key: Any, value: Any, what: str) -> None:
             f"{what} for {key!r} is None, which could not be told from none; store an"
             " empty dict, or raise KeyError"
         )
-
-
-def _require_callable(value: Any, what: str, why: str) -> None:
-    if value is not None and not callable(value):
-        raise TypeError(f"{what} must be callable, not {value!r}: {why}")

@@ -25,17 +25,16 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shmcache._engine.slab import ttl_to_ns
+from shmcache._arguments import check_count, check_flag, ttl_to_ns
+from shmcache._component import Component
 from shmcache._format import layout as L
-from shmcache._observe.report import Component
-from shmcache.cache import _flag, check_count
 from shmcache.errors import ShmCacheError
 from shmcache.handles import HandleMap, HandleStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmcache._engine.slab import Ttl
+    from shmcache._arguments import Ttl
     from shmcache._format.layout import Cause
 
 # The attribute that an evicted span is given: the cause's name, such as "EXPIRED".
@@ -63,7 +62,7 @@ class CorrelationSettings:
         check_count(self.max_correlations, "max_correlations", 1, L.MAX_INDEX, hint)
         ttl_to_ns(self.correlation_ttl, "correlation_ttl")
         ttl_to_ns(self.cleanup_interval, "cleanup_interval")
-        _flag(self.enable_metrics, "enable_metrics")
+        check_flag(self.enable_metrics, "enable_metrics")
 
     @classmethod
     def conservative(cls) -> CorrelationSettings:

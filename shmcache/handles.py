@@ -39,7 +39,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from shmcache._engine.slab import MISSING, Ttl
+from shmcache._arguments import Ttl, check_callable, check_count
+from shmcache._engine.slab import MISSING
 from shmcache._format import layout as L
 from shmcache._format.layout import Cause
 from shmcache._format.values import HandleCodec, decode_key, encode_key
@@ -47,16 +48,19 @@ from shmcache._process import attachment as _workers
 from shmcache._process.callbacks import Callbacks
 from shmcache._process.sweeper import sweeper
 from shmcache._process.uwsgi import threads_run
-from shmcache.cache import Cache, Stats, check_count
+from shmcache.cache import Cache
 from shmcache.errors import ReentrantCall, ShmCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from shmcache.stats import Stats
+
 log = logging.getLogger("shmcache")
 
 # Seconds between two looks at the notice rings, with handles open, and without.
 LOOK, IDLE = 0.04, 1.0
+ON_EVICT = "it is called as on_evict(key, handle, cause)"
 # Seconds between two looks whether workers have died.
 BURY = 1.0
 
@@ -268,7 +272,7 @@ class HandleMap:
         return self
 
     def _prepare(self, on_evict: Any, callback_threads: Any) -> None:
-        _require_callable(on_evict)
+        check_callable(on_evict, "on_evict", ON_EVICT)
         hint = "it is how many callbacks may run at once"
         check_count(callback_threads, "callback_threads", 1, 1000, hint)
         self._on_evict = on_evict
@@ -473,7 +477,7 @@ class HandleMap:
                 f"the handle of {key!r} is None, which could not be told from no"
                 " handle; register an object"
             )
-        _require_callable(on_evict)
+        check_callable(on_evict, "on_evict", ON_EVICT)
         local = self._mine()
         self._register(local, key, handle, value, ttl, on_evict, 0)
         self._deliver(local)
@@ -559,7 +563,7 @@ class HandleMap:
     ) -> _Handle:
         if not callable(factory):
             raise TypeError(f"factory must be callable, not {factory!r}")
-        _require_callable(on_evict)
+        check_callable(on_evict, "on_evict", ON_EVICT)
         local = self._mine()
         shared = self._shared(local, key)
         me = threading.get_ident()
@@ -923,14 +927,6 @@ class HandleMap:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self._local.numbers)} open here"
         return f"<shmcache.HandleMap {self.name!r} {state}>"
-
-
-def _require_callable(on_evict: Any) -> None:
-    if on_evict is not None and not callable(on_evict):
-        raise TypeError(
-            f"on_evict must be callable, not {on_evict!r}: it is called as"
-            " on_evict(key, handle, cause)"
-        )
 
 
 def _cause(number: int) -> Cause:

@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shmcache._engine.slab import ttl_to_ns
+from shmcache._arguments import check_callable, check_count, check_flag, ttl_to_ns
+from shmcache._component import Component
 from shmcache._format import layout as L
-from shmcache._observe.report import Component
-from shmcache.cache import _flag, check_count
 from shmcache.handles import HandleMap, HandleStats, HostEntry
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class PoolSettings:
         check_count(self.max_server_pools, "max_server_pools", 1, L.MAX_INDEX, hint)
         ttl_to_ns(self.server_pool_ttl, "server_pool_ttl")
         ttl_to_ns(self.pool_cleanup_interval, "pool_cleanup_interval")
-        _flag(self.enable_pool_metrics, "enable_pool_metrics")
+        check_flag(self.enable_pool_metrics, "enable_pool_metrics")
 
     @classmethod
     def conservative(cls) -> PoolSettings:
@@ -118,8 +117,8 @@ class ConnectionPools(Component):
                 f"settings must be PoolSettings, not {settings!r}; for example"
                 " PoolSettings.conservative()"
             )
-        _require_callable(factory, "factory", "it makes the pool of a server")
-        _require_callable(close, "close", "it is called with the pool to close")
+        check_callable(factory, "factory", "it makes the pool of a server")
+        check_callable(close, "close", "it is called with the pool to close")
         made_by = functools.partial(
             ConnectionPools,
             name,
@@ -199,7 +198,7 @@ class ConnectionPools(Component):
         return PoolStats(pools=self._map.stats())
 
     def _maker(self, server: Any, factory: Any) -> Callable[[], Any]:
-        _require_callable(factory, "factory", "it makes the pool of a server")
+        check_callable(factory, "factory", "it makes the pool of a server")
         make = factory or self._factory
         if make is None:
             return functools.partial(_no_factory, server)
@@ -241,8 +240,3 @@ def _no_factory(server: Any) -> Any:
         f"there is no pool of {server!r} yet, and nothing to make one: give"
         " ConnectionPools, or this call, a factory"
     )
-
-
-def _require_callable(value: Any, what: str, why: str) -> None:
-    if value is not None and not callable(value):
-        raise TypeError(f"{what} must be callable, not {value!r}: {why}")

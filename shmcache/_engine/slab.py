@@ -35,23 +35,25 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
 import os
 import struct
 import sys
 from array import array
 from threading import get_ident
 from time import monotonic_ns
-from types import EllipsisType, FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgpack import unpackb
 from xxhash import xxh3_64_intdigest
 
+from shmcache._arguments import Ttl, ttl_to_ns
 from shmcache._format import layout as L
 from shmcache._format.values import RICH, decode_tagged, encode_key
 from shmcache._segment.create import Gone
 from shmcache.errors import EntryTooLarge, LockTimeout, SegmentCorrupt, UnsupportedValue
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 try:
     import cython
@@ -243,39 +245,12 @@ class _Missing:
 MISSING = _Missing()
 _UNSURE = _Missing()  # of a look without the lock that told nothing
 
-# Seconds, None for "never", or left out for the cache's default.
-Ttl = float | None | EllipsisType
-
 
 class Corrupt(IndexError):
     """A number in the segment points where nothing can be.
 
     An IndexError, as that is what the bounds check of a view raises.
     """
-
-
-def ttl_to_ns(ttl: Any, what: str = "ttl") -> int:
-    """A time to live in seconds as whole nanoseconds, at least one."""
-    remedy = (
-        "None means that entries never expire"
-        if what == "ttl"
-        else "leave it out for the default"
-    )
-    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
-        raise TypeError(
-            f"{what} must be a number of seconds, not {ttl!r}; {remedy}, and of a"
-            " timedelta pass its total_seconds()"
-        )
-    if not ttl > 0 or math.isinf(ttl):
-        raise ValueError(
-            f"{what} must be over 0 seconds and finite, not {ttl!r}; {remedy}"
-        )
-    if ttl > L.MAX_TTL_NS // 1_000_000_000:
-        raise ValueError(
-            f"{what} of {ttl!r} s is over {L.MAX_TTL_NS // 1_000_000_000} s (34 years);"
-            f" {remedy}"
-        )
-    return max(1, round(ttl * 1_000_000_000))
 
 
 def touch_buffers(shards: int) -> Any:

@@ -16,13 +16,14 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 from shmcache._format import layout as L
-from shmcache.cache import Cache, Stats
+from shmcache.cache import Cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from shmcache._observe.report import Component
+    from shmcache._component import Component
     from shmcache.handles import HandleMap
+    from shmcache.stats import Stats
 
     Measured = Cache | HandleMap | Component
 

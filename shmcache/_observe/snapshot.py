@@ -30,8 +30,8 @@ from shmcache._format.values import HandleCodec, MsgpackCodec, decode_key, decod
 from shmcache._process import attachment as _workers
 from shmcache._segment import create as _segment
 from shmcache._segment.create import Header, Names
-from shmcache.cache import Stats
 from shmcache.errors import SegmentCorrupt, SegmentNotFound, SegmentRefused
+from shmcache.stats import Stats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -27,7 +27,8 @@ from shmcache._process.uwsgi import threads_run
 
 if TYPE_CHECKING:
     from shmcache._observe.measures import Measured
-    from shmcache.cache import Cache, Stats
+    from shmcache.cache import Cache
+    from shmcache.stats import Stats
 
 log = logging.getLogger("shmcache")
 

@@ -47,7 +47,7 @@ def _set_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _ttl(text: str) -> float | None:
-    from shmcache._engine.slab import ttl_to_ns
+    from shmcache._arguments import ttl_to_ns
 
     if text == "never":
         return None

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-    from shmcache.cache import Stats
+    from shmcache.stats import Stats
 
 # Seconds between two looks at which keys are used.
 GLANCE = 0.1
