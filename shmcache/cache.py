@@ -292,7 +292,7 @@ class Cache(Slab):
                 sliding=settings.sliding,
                 ttl_ns=settings.ttl_ns,
                 jitter_ppm=settings.jitter_ppm,
-                epoch_ns=header.epoch_ns,
+                created_at_ns=header.created_at_ns,
                 lock_timeout_ns=self._timeout_ns,
             ),
             attachment.touches,
@@ -808,11 +808,11 @@ class Cache(Slab):
         words = self._attachment.words
         data: tuple[int, ...] = ()
         for _ in range(1000):
-            epoch = words[base + L.S_EPOCH]
+            epoch = words[base + L.S_SEQ]
             data = struct.unpack(
                 f"{L.S_COUNTERS_END}Q", words[base : base + L.S_COUNTERS_END]
             )
-            if epoch & 1 == 0 and words[base + L.S_EPOCH] == epoch:
+            if epoch & 1 == 0 and words[base + L.S_SEQ] == epoch:
                 break
         return data
 
@@ -823,9 +823,9 @@ class Cache(Slab):
         counts = []
         for shard in range(self._settings.shards):
             base = self._words_of(shard)
-            epoch = words[base + L.S_EPOCH]
+            epoch = words[base + L.S_SEQ]
             counts.append(words[base + L.S_SEQUENCE])
-            if epoch & 1 or words[base + L.S_EPOCH] != epoch:
+            if epoch & 1 or words[base + L.S_SEQ] != epoch:
                 return None
         return counts
 
@@ -872,7 +872,7 @@ class _EngineSettings:
     sliding: bool
     ttl_ns: int
     jitter_ppm: int
-    epoch_ns: int
+    created_at_ns: int
     lock_timeout_ns: int
 
 

@@ -345,7 +345,7 @@ class HandleMap:
         read = local.read
         lost = False
         for shard in range(len(read)):
-            if words[registry._words_of(shard) + L.S_NOTICE_HEAD] == read[shard]:
+            if words[registry._words_of(shard) + L.S_MAILBOX_HEAD] == read[shard]:
                 continue
             with local.lock:
                 head, notices = registry._notices(shard, read[shard])
@@ -754,7 +754,7 @@ class HandleMap:
         registry._require_open()
         attachment = registry._attachment
         now = (registry._clock or time.monotonic_ns)()
-        epoch = attachment.header.epoch_ns
+        epoch = attachment.header.created_at_ns
         entries = []
         for _, shared, _, data, expires, stamp in registry._entries(values=True):
             pid = attachment.pid(int.from_bytes(shared[:8], "big"))

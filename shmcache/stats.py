@@ -118,7 +118,7 @@ class Stats:
             eviction_age_seconds=(sums[L.S_AGES] << L.STAMP_SHIFT) / 1e9,
             shards=settings.shards,
             workers=workers,
-            age=(time.time_ns() - header.created_ns) / 1e9,
+            age=(time.time_ns() - header.created_wall_ns) / 1e9,
             compiled=compiled,
         )
 

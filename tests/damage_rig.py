@@ -129,11 +129,11 @@ class Rounds:
             at = g.shards_at + shard * g.stride
             yield "lock line", at, 64
             yield "counts", at + 64, 8 * L.S_WHEEL_BITS - 64
-            wheel = 8 * (L.S_CLAIMS - L.S_WHEEL_BITS)
+            wheel = 8 * (L.S_IN_FLIGHT - L.S_WHEEL_BITS)
             yield "wheel", at + 8 * L.S_WHEEL_BITS, wheel
-            yield "claims", at + 8 * L.S_CLAIMS, 16 * L.CLAIMS
-            yield "notices", at + 8 * L.S_NOTICE_HEAD, 8 * 8
-            yield "notices", at + 8 * L.S_NOTICES, 64 * 8
+            yield "claims", at + 8 * L.S_IN_FLIGHT, 16 * L.IN_FLIGHT
+            yield "notices", at + 8 * L.S_MAILBOX_HEAD, 8 * 8
+            yield "notices", at + 8 * L.S_MAILBOX, 64 * 8
             yield "buckets", at + g.buckets_at, 4 * g.slots
             records = L.RECORD * (g.slots + 1)
             yield "records", at + g.records_at, records

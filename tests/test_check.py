@@ -82,8 +82,8 @@ class Segment:
             fmt.H_FORMAT: fmt.FORMAT,
             fmt.H_SIZE: self.g.size,
             fmt.H_SEED: SEED,
-            fmt.H_CREATED: 1_700_000_000 * 10**9,
-            fmt.H_EPOCH: 10**15,
+            fmt.H_CREATED_WALL: 1_700_000_000 * 10**9,
+            fmt.H_CREATED_AT: 10**15,
             fmt.H_SHARDS: self.shards,
             fmt.H_SLOTS: slots,
             fmt.H_BLOCKS: self.blocks,
@@ -96,18 +96,18 @@ class Segment:
             fmt.H_JITTER: 100_000,
             fmt.H_CLEANUP: 15 * 10**9,
             fmt.H_FLAGS: fmt.FLAG_PERSIST | fmt.FLAG_SLIDING,
-            fmt.H_INCARNATION: INCARNATION,
-            fmt.H_FOLD: 1,
-            fmt.H_LEASE: 12_345,
+            fmt.H_GENERATION: INCARNATION,
+            fmt.H_RETIRED: 1,
+            fmt.H_LOCK_INODE: 12_345,
             fmt.H_RECOVERED: self.shards * slots,
             fmt.H_LOST: self.shards * slots,
         }.items():
             self.put64(8 * word, value)
         self.put_text(fmt.CODEC_AT, "msgpack")
         self.put_text(fmt.NAME_AT, "books-1.v2_x")
-        bank = fmt.FOLD_AT + fmt.FOLD_WORDS
+        bank = fmt.RETIRED_AT + fmt.RETIRED_WORDS
         self.put64(8 * bank, 77)
-        self.put64(8 * (bank + fmt.FOLD_TOKEN), 1 << 16 | 2)
+        self.put64(8 * (bank + fmt.RETIRED_TOKEN), 1 << 16 | 2)
         for row, incarnation in ((0, 9), (2, 5)):
             at = fmt.ROWS_AT + row * fmt.ROW_SIZE
             self.put64(at, incarnation << 16 | row + 1)
@@ -223,8 +223,8 @@ class Segment:
         for number, members in lists.items():
             self._wheel_list(shard, number, members)
         for number, value in {
-            fmt.S_EPOCH: 34,
-            fmt.S_TURNS: 40,
+            fmt.S_SEQ: 34,
+            fmt.S_ACQUISITIONS: 40,
             fmt.S_SEQUENCE: len(entries),
             fmt.S_ENTRIES: len(entries),
             fmt.S_BLOCKS_USED: taken,
@@ -237,8 +237,8 @@ class Segment:
             fmt.S_SETS: 20,
             fmt.S_GONE + fmt.Cause.CAPACITY: 3,
             fmt.S_UNREAD: 2,
-            fmt.S_CLAIMS + 6: 0xFEED_FACE_CAFE_BEEF,
-            fmt.S_CLAIMS + 7: TOKEN,
+            fmt.S_IN_FLIGHT + 6: 0xFEED_FACE_CAFE_BEEF,
+            fmt.S_IN_FLIGHT + 7: TOKEN,
         }.items():
             self.put64(self.word(number, shard), value)
 
@@ -411,7 +411,7 @@ def test_holder_checks_itself() -> None:
     """The holder of a lock may check a shard while it is inside."""
     segment = sound()
     header = check.read_header(segment.data)
-    segment.put64(segment.word(fmt.S_EPOCH, 1), 35)
+    segment.put64(segment.word(fmt.S_SEQ, 1), 35)
     segment.put64(segment.word(fmt.S_HOLDER, 1), (INCARNATION + 1) << 16 | 5)
     copy = shard_copy(segment, 1)
 
@@ -520,8 +520,8 @@ DAMAGES = [
     header(fmt.H_FORMAT, 2, "header: format is 2, not 1"),
     header(fmt.H_SIZE, 4096, "header: size is 4096, of this plan it is"),
     header(fmt.H_SEED, SEED + 1, "slot 9: hash is"),
-    header(fmt.H_CREATED, 0, "header: created is 0"),
-    header(fmt.H_EPOCH, HUGE, "header: epoch is"),
+    header(fmt.H_CREATED_WALL, 0, "header: created is 0"),
+    header(fmt.H_CREATED_AT, HUGE, "header: epoch is"),
     header(fmt.H_SHARDS, 0, "header: shards is 0, not from 1 to 256"),
     header(fmt.H_SHARDS, 257, "header: shards is 257, not from 1 to 256"),
     header(fmt.H_SHARDS, 3, "header: size is"),
@@ -541,10 +541,10 @@ DAMAGES = [
     header(fmt.H_JITTER, 1_000_001, "header: jitter is 1000001, over 1000000"),
     header(fmt.H_CLEANUP, HUGE, "header: cleanup is"),
     header(fmt.H_FLAGS, 5, "header: flags have unknown bits 0x4"),
-    header(fmt.H_INCARNATION, 1 << 48, "header: incarnation is"),
-    header(fmt.H_INCARNATION, 8, "row 0: token 0x90001 has incarnation 9"),
-    header(fmt.H_FOLD, 2, "header: fold is 2, over 1"),
-    header(fmt.H_LEASE, 0, "header: lease is 0"),
+    header(fmt.H_GENERATION, 1 << 48, "header: incarnation is"),
+    header(fmt.H_GENERATION, 8, "row 0: token 0x90001 has incarnation 9"),
+    header(fmt.H_RETIRED, 2, "header: fold is 2, over 1"),
+    header(fmt.H_LOCK_INODE, 0, "header: lease is 0"),
     header(fmt.H_RECOVERED, 21, "header: recovered is 21, of 20 records"),
     header(fmt.H_LOST, 21, "header: lost is 21, of 20 records"),
     header(fmt.CODEC_AT // 8, 0, "header: codec has length 0, not from 1 to 63"),
@@ -555,9 +555,17 @@ DAMAGES = [
     header(fmt.NAME_AT // 8, 192, "header: name has length 192"),
     header(fmt.NAME_AT // 8, 0x2F01, "header: name '/' has characters"),
     # the fold banks
-    header(fmt.FOLD_AT, HUGE, "fold bank 0: counter 0 is"),
-    header(fmt.FOLD_AT + fmt.FOLD_TOKEN, 1, "fold bank 0: token 0x1 has incarnation 0"),
-    header(fmt.FOLD_AT + fmt.FOLD_WORDS + fmt.FOLD_TOKEN, 0, "counts 77 of no worker"),
+    header(fmt.RETIRED_AT, HUGE, "fold bank 0: counter 0 is"),
+    header(
+        fmt.RETIRED_AT + fmt.RETIRED_TOKEN,
+        1,
+        "fold bank 0: token 0x1 has incarnation 0",
+    ),
+    header(
+        fmt.RETIRED_AT + fmt.RETIRED_WORDS + fmt.RETIRED_TOKEN,
+        0,
+        "counts 77 of no worker",
+    ),
     # the rows
     row(1, fmt.R_TOKEN, 8 << 16, "row 1: token 0x80000 names row -1 of 1024"),
     row(1, fmt.R_TOKEN, 8 << 16 | 1025, "row 1: token 0x80401 names row 1024 of 1024"),
@@ -570,10 +578,10 @@ DAMAGES = [
     row(LAST_ROW, fmt.R_MISSES, HUGE, "row 1023: misses is"),
     row(LAST_ROW, fmt.ROW_WORDS - 1, HUGE, "row 1023: word 31 is"),
     # the words of a shard
-    shard(fmt.S_EPOCH, 35, "epoch is 35, odd, with no writer inside"),
+    shard(fmt.S_SEQ, 35, "epoch is 35, odd, with no writer inside"),
     shard(fmt.S_HOLDER, TOKEN, "holder is 0x50003 with nobody inside"),
     shard(fmt.S_HOLDER, MASK32, "holder: token 0xffffffff names row 65534 of 1024"),
-    shard(fmt.S_TURNS, HUGE, "turns is"),
+    shard(fmt.S_ACQUISITIONS, HUGE, "turns is"),
     shard(fmt.S_SEQUENCE, 7, "slot 2: written by write 8, the last was 7"),
     shard(fmt.S_SEQUENCE, HUGE, "sequence is"),
     shard(fmt.S_ENTRIES, 7, "entries is 7, but 8 records are live"),
@@ -602,9 +610,13 @@ DAMAGES = [
     shard(fmt.S_DROPPED, HUGE, "dropped is"),
     shard(fmt.S_WHEEL_BITS + 3, 2, "wheel list 193: its bit is 1, its head is 0"),
     shard(fmt.S_WHEEL_BITS, 0, "its bit is 0, its head is 7"),
-    shard(fmt.S_CLAIMS, 1, "claim 0: token 0x0 names row -1 of 1024"),
-    shard(fmt.S_CLAIMS + 1, 1, "claim 0: token 0x1 has incarnation 0"),
-    shard(fmt.S_CLAIMS + 7, 10 << 16 | 1, "claim 3: token 0xa0001 has incarnation 10"),
+    shard(fmt.S_IN_FLIGHT, 1, "claim 0: token 0x0 names row -1 of 1024"),
+    shard(fmt.S_IN_FLIGHT + 1, 1, "claim 0: token 0x1 has incarnation 0"),
+    shard(
+        fmt.S_IN_FLIGHT + 7,
+        10 << 16 | 1,
+        "claim 3: token 0xa0001 has incarnation 10",
+    ),
     # records
     record64(0, fmt.F_VERSION, 3, "slot 0: the sentinel's version is 3, live"),
     record64(SLOT, fmt.F_VERSION, 2, "entries is 8, but 7 records are live"),
@@ -741,7 +753,7 @@ def test_passed_by_the_wheel(level: int) -> None:
 def test_two_claims() -> None:
     """Two workers that compute one key are a finding."""
     segment = sound()
-    at = segment.word(fmt.S_CLAIMS + 2)
+    at = segment.word(fmt.S_IN_FLIGHT + 2)
     segment.put64(at, 0xFEED_FACE_CAFE_BEEF)
     segment.put64(at + 8, TOKEN)
 
@@ -882,14 +894,14 @@ def named(prefix: str, before: int) -> dict[int, str]:
 def test_every_bit_of_the_header() -> None:
     """Every flipped bit of the header is noticed, where not every value is possible."""
     data = sound().data
-    names = named("H_", fmt.FOLD_AT)
+    names = named("H_", fmt.RETIRED_AT)
     words = [Word(name, 8 * number, 8) for number, name in names.items()]
     words += [Word("length", at, 1) for at in (fmt.CODEC_AT, fmt.NAME_AT)]
     words += [Word("text", at + 1, 7) for at in (fmt.CODEC_AT, fmt.NAME_AT)]
     for bank in range(2):
-        at = 8 * (fmt.FOLD_AT + bank * fmt.FOLD_WORDS)
+        at = 8 * (fmt.RETIRED_AT + bank * fmt.RETIRED_WORDS)
         words += [Word("bank counter", at + 8 * n, 8) for n in range(13)]
-        words.append(Word(f"token of bank {bank}", at + 8 * fmt.FOLD_TOKEN, 8))
+        words.append(Word(f"token of bank {bank}", at + 8 * fmt.RETIRED_TOKEN, 8))
     for number in (0, 1, 2, LAST_ROW):
         at = fmt.ROWS_AT + number * fmt.ROW_SIZE
         words.append(Word(f"token of row {number}", at, 8))
@@ -897,8 +909,8 @@ def test_every_bit_of_the_header() -> None:
 
     assert unnoticed(small, words, lambda: check.check_header(small)) == {
         "H_SEED",  # seen in the shards
-        *("H_CREATED", "H_EPOCH", "H_LEASE", "H_INCARNATION"),
-        *("H_MAX_BYTES", "H_TTL", "H_JITTER", "H_CLEANUP", "H_FLAGS", "H_FOLD"),
+        *("H_CREATED_WALL", "H_CREATED_AT", "H_LOCK_INODE", "H_GENERATION"),
+        *("H_MAX_BYTES", "H_TTL", "H_JITTER", "H_CLEANUP", "H_FLAGS", "H_RETIRED"),
         *("H_RECOVERED", "H_LOST", "H_FREED"),
         *("length", "text", "bank counter"),
         # An older worker's token, or another row's, may have been there.
@@ -924,14 +936,14 @@ def test_every_bit_of_the_shard_words() -> None:
     words += [Word("S_GONE", 8 * n, 8) for n in gone[1 : len(fmt.Cause)]]
     words += [Word("no cause", 8 * n, 8) for n in gone[len(fmt.Cause) :]]
     words += [Word("bits", 8 * (fmt.S_WHEEL_BITS + n), 8) for n in range(7)]
-    words += [Word("free claim", 8 * fmt.S_CLAIMS, 16)]
-    words += [Word("claimed hash", 8 * (fmt.S_CLAIMS + 6), 8)]
-    words += [Word("claimed token", 8 * (fmt.S_CLAIMS + 7), 8)]
+    words += [Word("free claim", 8 * fmt.S_IN_FLIGHT, 16)]
+    words += [Word("claimed hash", 8 * (fmt.S_IN_FLIGHT + 6), 8)]
+    words += [Word("claimed token", 8 * (fmt.S_IN_FLIGHT + 7), 8)]
     counters = {name for n, name in names.items() if n >= fmt.S_COUNTERS}
 
     assert unnoticed(copy, words, findings) == {
         *counters,
-        *("S_EPOCH", "S_TURNS", "S_SEQUENCE", "S_TICK", "S_DUE"),
+        *("S_SEQ", "S_ACQUISITIONS", "S_SEQUENCE", "S_TICK", "S_DUE"),
         *("S_REDO_VERSION", "S_REDO_VALUE", "S_REDO_CHECKSUM"),
         *("claimed hash", "claimed token"),
     }

@@ -786,7 +786,7 @@ def test_a_writer_who_does_not_come_out(make_cache: Callable[..., Cache]) -> Non
     semaphore = posix_ipc.Semaphore(cache._names.semaphore(0))
     semaphore.acquire(0)
     words[base + L.S_HOLDER] = cache._attachment.token
-    words[base + L.S_EPOCH] += 1
+    words[base + L.S_SEQ] += 1
 
     def wait(_: Connection) -> None:
         with Cache.attach(name, lock_timeout=PATIENCE) as mine:
@@ -810,7 +810,7 @@ def test_a_writer_who_does_not_come_out(make_cache: Callable[..., Cache]) -> Non
     assert f"process {os.getpid()}; waiting: " in result(
         "top", name, "--once", "--interval", "0.1"
     )
-    words[base + L.S_EPOCH] += 1
+    words[base + L.S_SEQ] += 1
     words[base + L.S_HOLDER] = 0
     semaphore.release()
     semaphore.close()

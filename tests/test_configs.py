@@ -520,7 +520,7 @@ def test_a_look_in_the_midst_of_a_write_is_not_the_last(
     assert before is not None
     assert configs._moment(0) == before
     assert configs._moment(1) != before
-    words, at = cache._attachment.words, cache._words_of(0) + L.S_EPOCH
+    words, at = cache._attachment.words, cache._words_of(0) + L.S_SEQ
     words[at] += 1  # as a writer does after it has taken the lock
     try:
         assert configs._moment(0) is None

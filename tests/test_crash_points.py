@@ -287,7 +287,7 @@ def test_1_death_at_any_step_costs_at_most_the_entry_in_flight(
             assert (answer.code, answer.steps) == (DEAD, step)
             died_inside = scene.word(L.S_HOLDER) == answer.token
             assert died_inside or scene.word(L.S_HOLDER) == 0
-            torn = bool(scene.word(L.S_EPOCH) & 1)
+            torn = bool(scene.word(L.S_SEQ) & 1)
             lost_permit = scene.permits() == 0
             look(scene, allowed)
             facts = {"shard": 0, "rebuilt": torn, "dropped": 0}
@@ -336,7 +336,7 @@ def test_1_death_in_repair_leaves_the_repair_to_the_next(
         def die_first() -> None:
             scene.restore()
             assert zygote.order(scene.name, first).code == DEAD
-            assert scene.word(L.S_EPOCH) & 1
+            assert scene.word(L.S_SEQ) & 1
 
         die_first()
         # The one who repairs wanted only to read what is not there.

@@ -101,7 +101,7 @@ def stop_inside(cache: Cache, pid: int, token: int) -> None:
             time.sleep(0.0001)
         if (
             shard_word(cache, L.S_HOLDER) == token
-            and shard_word(cache, L.S_EPOCH) & 1 == 1
+            and shard_word(cache, L.S_SEQ) & 1 == 1
         ):
             return
         os.kill(pid, signal.SIGCONT)
@@ -201,7 +201,7 @@ def test_2_stopped_process_that_is_killed_is_robbed(
     cache["there"] = "value"
     writer = Writer(cache)
     stop_inside(cache, writer.pid, writer.token)
-    turns = shard_word(cache, L.S_TURNS)
+    turns = shard_word(cache, L.S_ACQUISITIONS)
 
     def wait_and_write(link: Connection) -> None:
         mine = Cache.attach(cache.name, lock_timeout=PATIENCE)
@@ -212,7 +212,7 @@ def test_2_stopped_process_that_is_killed_is_robbed(
     waiter = Peer(wait_and_write)
     assert waiter.hear() == "waiting"
     time.sleep(0.1)  # several looks; if the waiter robs, here it does
-    assert turns == shard_word(cache, L.S_TURNS)
+    assert turns == shard_word(cache, L.S_ACQUISITIONS)
     with caplog.at_level(logging.WARNING, "shmcache"):
         writer.kill()
         waiter.end()
@@ -1125,7 +1125,7 @@ def left(name: str) -> Iterator[tuple[str, Path, Path]]:
     with Cache(name, max_entries=10, persist=True) as cache:
         cache["there"] = "value"
         names = cache._names
-    yield name, Path(names.segment_path), Path(names.lease_path)
+    yield name, Path(names.segment_path), Path(names.lock_path)
     for entry in names_of(name):
         path = Path(SHM, entry)
         if path.is_dir() and not path.is_symlink():
@@ -1551,7 +1551,7 @@ def run_delay() -> int:
 def hammer(cache: Cache, number: int, seconds: float) -> tuple[int, float, int]:
     """Write without a pause: operations done, and of the longest one the seconds that
     the scheduler has not to answer for, and the turns that others took meanwhile."""
-    turns = cache._words_of(0) + L.S_TURNS
+    turns = cache._words_of(0) + L.S_ACQUISITIONS
     words = cache._attachment.words
     done, longest, passed = 0, 0.0, 0
     end = time.monotonic() + seconds
@@ -1631,14 +1631,14 @@ def test_12_nobody_starves(make_cache: Callable[..., Cache]) -> None:
     writers = [Peer(partial(write, number)) for number in range(WRITERS)]
     for writer in writers:
         assert writer.hear() == "ready"
-    first, started = shard_word(cache, L.S_TURNS), time.monotonic()
+    first, started = shard_word(cache, L.S_ACQUISITIONS), time.monotonic()
     for writer in writers:
         writer.say()
     results = []
     for writer in writers:
         assert writer.link.poll(PATIENCE + SECONDS)
         results.append(writer.hear())
-    turn = (time.monotonic() - started) / (shard_word(cache, L.S_TURNS) - first)
+    turn = (time.monotonic() - started) / (shard_word(cache, L.S_ACQUISITIONS) - first)
     for writer in writers:
         writer.end()
     assert all(done > 10 for done, _, _ in results), results

@@ -523,25 +523,25 @@ def test_ring_that_went_round(
 ) -> None:
     """An owner that missed more notices than a ring holds closes the same handles, each
     once."""
-    handles = make_map(max_entries=2 * L.NOTICES)
-    total = 3 * L.NOTICES
+    handles = make_map(max_entries=2 * L.MAILBOX_SIZE)
+    total = 3 * L.MAILBOX_SIZE
     local = handles._mine()
     with local.lock:  # nobody reads notices meanwhile
         for n in range(total):
             handles._register(local, n, n, None, ..., None, 0)
         head = handles._registry._attachment.words[
-            handles._registry._words_of(0) + L.S_NOTICE_HEAD
+            handles._registry._words_of(0) + L.S_MAILBOX_HEAD
         ]
-        assert head - local.read[0] >= L.NOTICES
+        assert head - local.read[0] >= L.MAILBOX_SIZE
         handles._registry._discard(
             local.handles[handles._shared(local, total - 1)].shared,
             local.token,
             0,
             Cause.DELETED,
         )
-    ledger.wait_for(L.NOTICES + 1)
+    ledger.wait_for(L.MAILBOX_SIZE + 1)
     gone = sorted(handle for handle, *_ in ledger.closed)
-    assert gone == [*range(L.NOTICES), total - 1]
+    assert gone == [*range(L.MAILBOX_SIZE), total - 1]
     handles.close()
     assert sorted(handle for handle, *_ in ledger.closed) == list(range(total))
 
@@ -556,7 +556,7 @@ def test_repair_may_have_lost_notices(
     registry = handles._registry
     local = handles._mine()
     with local.lock:
-        at = registry._words_of(0) + L.S_NOTICE_HEAD
+        at = registry._words_of(0) + L.S_MAILBOX_HEAD
         head = registry._attachment.words[at]
         handles._registry._discard(
             handles._shared(local, 3), local.token, 0, Cause.DELETED

@@ -137,7 +137,7 @@ def test_recovery_and_reaping(
         b = cache._words_of(0)
         # Dies in its write section, the permit taken.
         attachment.words[b + L.S_HOLDER] = attachment.token
-        attachment.words[b + L.S_EPOCH] += 1
+        attachment.words[b + L.S_SEQ] += 1
         os.write(tell, b"!")
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.read(told, 1) == b"!"

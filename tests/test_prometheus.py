@@ -395,10 +395,10 @@ def die(cache: Cache, row: int, hits: int) -> None:
     words = attachment.words
     at = (L.ROWS_AT + row * L.ROW_SIZE) // 8
     assert words[at + L.R_TOKEN] == 0
-    words[L.H_INCARNATION] = words[L.H_INCARNATION] + 1
+    words[L.H_GENERATION] = words[L.H_GENERATION] + 1
     words[at + L.R_PID] = os.getpid()
     words[at + L.R_HITS] = hits
-    words[at + L.R_TOKEN] = words[L.H_INCARNATION] << 16 | (row + 1)
+    words[at + L.R_TOKEN] = words[L.H_GENERATION] << 16 | (row + 1)
 
 
 def cost(cache: Cache, words: Counting) -> tuple[int, int, int]:
@@ -455,11 +455,13 @@ def test_counters_do_not_fall_while_rows_are_folded(
     die(cache, 2, hits=1000)
 
     def reap(at: Any) -> None:
-        if at == L.FOLD_AT + L.FOLD_TOKEN:  # the bank has been read, the rows not yet
+        if (
+            at == L.RETIRED_AT + L.RETIRED_TOKEN
+        ):  # the bank has been read, the rows not yet
             words.at_read = lambda _: None
             assert cache._attachment.reap() == 2
 
-    assert words[L.H_FOLD] == 0  # the bank that is read, and will count again
+    assert words[L.H_RETIRED] == 0  # the bank that is read, and will count again
     words.at_read = reap
     hits = one(scrape(cache), "shmcache_hits_total")
     assert cache._attachment.tokens() == [cache._attachment.token]  # they were reaped

@@ -102,9 +102,9 @@ else:
 compiled: bool = cython.compiled
 
 # C twins of the layout's numbers: a module-level Python int costs 30 times as much.
-_S_EPOCH = cython.declare(cython.Py_ssize_t, L.S_EPOCH)
+_S_SEQ = cython.declare(cython.Py_ssize_t, L.S_SEQ)
 _S_HOLDER = cython.declare(cython.Py_ssize_t, L.S_HOLDER)
-_S_TURNS = cython.declare(cython.Py_ssize_t, L.S_TURNS)
+_S_ACQUISITIONS = cython.declare(cython.Py_ssize_t, L.S_ACQUISITIONS)
 _S_SEQUENCE = cython.declare(cython.Py_ssize_t, L.S_SEQUENCE)
 _S_ENTRIES = cython.declare(cython.Py_ssize_t, L.S_ENTRIES)
 _S_BLOCKS_USED = cython.declare(cython.Py_ssize_t, L.S_BLOCKS_USED)
@@ -132,10 +132,10 @@ _S_DROPPED = cython.declare(cython.Py_ssize_t, L.S_DROPPED)
 _S_LOCK_BUCKETS = cython.declare(cython.Py_ssize_t, L.S_LOCK_BUCKETS)
 _S_AGE_BUCKETS = cython.declare(cython.Py_ssize_t, L.S_AGE_BUCKETS)
 _S_AGES = cython.declare(cython.Py_ssize_t, L.S_AGES)
-_S_NOTICE_HEAD = cython.declare(cython.Py_ssize_t, L.S_NOTICE_HEAD)
-_S_NOTICES = cython.declare(cython.Py_ssize_t, L.S_NOTICES)
-_NOTICES = cython.declare(cython.ulonglong, L.NOTICES)
-_NOTICE_WORDS = cython.declare(cython.Py_ssize_t, L.NOTICE_WORDS)
+_S_MAILBOX_HEAD = cython.declare(cython.Py_ssize_t, L.S_MAILBOX_HEAD)
+_S_MAILBOX = cython.declare(cython.Py_ssize_t, L.S_MAILBOX)
+_MAILBOX_SIZE = cython.declare(cython.ulonglong, L.MAILBOX_SIZE)
+_MAILBOX_WORDS = cython.declare(cython.Py_ssize_t, L.MAILBOX_WORDS)
 _HANDLE_PREFIX = cython.declare(cython.Py_ssize_t, L.HANDLE_PREFIX)
 _S_WHEEL_BITS = cython.declare(cython.Py_ssize_t, L.S_WHEEL_BITS)
 _S_WHEEL_HEADS = cython.declare(cython.Py_ssize_t, L.S_WHEEL_HEADS)
@@ -148,8 +148,8 @@ _ROWS = cython.declare(cython.ulonglong, L.ROWS)
 _MAX_EXPIRES = cython.declare(cython.ulonglong, 1 << 62)
 # No shard lives long enough for a higher version: one in it is damage.
 _MAX_VERSION = cython.declare(cython.ulonglong, 1 << 62)
-_S_CLAIMS = cython.declare(cython.Py_ssize_t, L.S_CLAIMS)
-_CLAIMS = cython.declare(cython.Py_ssize_t, L.CLAIMS)
+_S_IN_FLIGHT = cython.declare(cython.Py_ssize_t, L.S_IN_FLIGHT)
+_IN_FLIGHT = cython.declare(cython.Py_ssize_t, L.IN_FLIGHT)
 _WHEEL_LEVELS = cython.declare(cython.Py_ssize_t, L.WHEEL_LEVELS)
 _WHEEL_TICK_BITS = cython.declare(cython.uint, L.WHEEL_TICK_BITS)
 _WHEEL_FIRST = cython.declare(cython.uint, L.WHEEL_FIRST)
@@ -463,7 +463,7 @@ class Slab:
         self.sliding = settings.sliding
         self.default_ttl = settings.ttl_ns
         self.jitter = settings.jitter_ppm
-        self.stamp_zero = settings.epoch_ns
+        self.stamp_zero = settings.created_at_ns
         self.lock_timeout = settings.lock_timeout_ns
         self.token = 0
         self.guard = memoryview(array("Q", [1]))  # unequal to the token: not joined
@@ -1168,16 +1168,18 @@ class Slab:
         # is stored last: who reads up to it finds whole notices.
         key_len: Index = self.w32[r + _F_META] & _MAX_KEY
         block: Index = self.w32[r + _F_BLOCK]
-        head: Word = self.w64[b + _S_NOTICE_HEAD]
+        head: Word = self.w64[b + _S_MAILBOX_HEAD]
         at: Index = (
-            b + _S_NOTICES + _NOTICE_WORDS * cython.cast(Index, head & (_NOTICES - 1))
+            b
+            + _S_MAILBOX
+            + _MAILBOX_WORDS * cython.cast(Index, head & (_MAILBOX_SIZE - 1))
         )
         if self.w32[r + _F_VALUE_LEN] < _HANDLE_PREFIX:
             raise Corrupt("handle")
         self.w64[at] = _word_of(self._copy_out(b, block, key_len, 8))
         self.w64[at + 1] = _word_of(self._copy_out(b, block, key_len + 8, 8))
         self.w64[at + 2] = cause
-        self._put_word(b + _S_NOTICE_HEAD, (head + 1) & _MASK64)
+        self._put_word(b + _S_MAILBOX_HEAD, (head + 1) & _MASK64)
         return 0
 
     @cython.cfunc
@@ -1431,12 +1433,12 @@ class Slab:
         evicted = self.w64[b + _S_GONE + _EXPIRED] + self.w64[b + _S_GONE + _CAPACITY]
         if self.w64[b + _S_UNREAD] > evicted:
             self.w64[b + _S_UNREAD] = evicted
-        if self.w64[b + _S_TURNS] >> 62:
-            self.w64[b + _S_TURNS] = 0
+        if self.w64[b + _S_ACQUISITIONS] >> 62:
+            self.w64[b + _S_ACQUISITIONS] = 0
         if self.w64[self._record(b, 0)] & 1:
             self.w64[self._record(b, 0)] = 0  # the sentinel is no entry
-        for i in range(_CLAIMS):
-            at = b + _S_CLAIMS + 2 * i
+        for i in range(_IN_FLIGHT):
+            at = b + _S_IN_FLIGHT + 2 * i
             token = self.w64[at + 1]
             if token >> 16 == 0 or not 1 <= token & 0xFFFF <= _ROWS:
                 if token:
@@ -1578,7 +1580,7 @@ class Slab:
         if self.notify:
             # Which notices are missing nobody knows: as if more had come than there is
             # room for, so that every owner compares what it has with what is here.
-            self._count(b + _S_NOTICE_HEAD, _NOTICES + 1)
+            self._count(b + _S_MAILBOX_HEAD, _MAILBOX_SIZE + 1)
         self._count(b + _S_DROPPED, dropped)
         return dropped
 
@@ -1634,7 +1636,7 @@ class Slab:
                 return False  # taken, or closed
             if not cas(cython.address(self.w64[b + _S_HOLDER]), 0, self.token):
                 return False  # a spare permit, dropped
-            self._count(b + _S_TURNS, 1)
+            self._count(b + _S_ACQUISITIONS, 1)
             return True
         return self._take_permit(s, 0) and self._interpreted_hold(s, b)
 
@@ -1671,7 +1673,7 @@ class Slab:
     def _acquire(self, s: Index, b: Index) -> cython.int:
         if not self._try_acquire(s, b):
             self._wait(s, b, True)
-        if self.w64[b + _S_EPOCH] & 1:
+        if self.w64[b + _S_SEQ] & 1:
             self._mend(s, b, 0)
         return 0
 
@@ -1687,7 +1689,7 @@ class Slab:
         holder: Word
         last_holder: Word = 1
         turns: Word = 0
-        last_turns: Word = self.w64[b + _S_TURNS]
+        last_turns: Word = self.w64[b + _S_ACQUISITIONS]
         looks: cython.int = 0
         got: cython.int = 0
         _spin: cython.int
@@ -1714,14 +1716,14 @@ class Slab:
             if got > 0:
                 if cython.compiled:
                     if cas(cython.address(self.w64[b + _S_HOLDER]), 0, self.token):
-                        self._count(b + _S_TURNS, 1)
+                        self._count(b + _S_ACQUISITIONS, 1)
                         self._waited(b, started)
                         return True
                 elif self._interpreted_hold(s, b):
                     self._waited(b, started)
                     return True
             holder = self.w64[b + _S_HOLDER]
-            turns = self.w64[b + _S_TURNS]
+            turns = self.w64[b + _S_ACQUISITIONS]
             if got == 0:
                 if holder and self._holder_is_dead(s, holder):
                     if self._take_over(s, b, holder):
@@ -1810,14 +1812,14 @@ class Slab:
         if cython.compiled:
             if not cas(cython.address(self.w64[b + _S_HOLDER]), dead, self.token):
                 return False
-            self._count(b + _S_TURNS, 1)
+            self._count(b + _S_ACQUISITIONS, 1)
             return True
         with self._recovery_lock(s):
             if self.w64[b + _S_HOLDER] != dead:
                 return False
             self.owners[s] = get_ident()
             self.w64[b + _S_HOLDER] = self.token
-            self._count(b + _S_TURNS, 1)
+            self._count(b + _S_ACQUISITIONS, 1)
             return True
 
     @cython.cfunc
@@ -1825,17 +1827,17 @@ class Slab:
     def _mend(self, s: Index, b: Index, dead: Word) -> cython.int:
         # With the lock held: repair what a holder left half done, and note the facts.
         started: Word = monotonic_ns()
-        torn: cython.bint = self.w64[b + _S_EPOCH] & 1
+        torn: cython.bint = self.w64[b + _S_SEQ] & 1
         dropped: Index = 0
         collecting: cython.bint = gc.isenabled()
         gc.disable()  # no finalizers while the lock is held
         try:
             if not torn and not dead:
-                self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+                self._put_word(b + _S_SEQ, self.w64[b + _S_SEQ] + 1)
                 torn = True
             if torn:
                 dropped = self._rebuild(b)
-                self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+                self._put_word(b + _S_SEQ, self.w64[b + _S_SEQ] + 1)
             self._count(b + _S_RECOVERIES, 1)
             self.news.append((s, dead, torn, dropped, monotonic_ns() - started))
             self.has_news = True
@@ -1863,9 +1865,9 @@ class Slab:
     @cython.exceptval(-1)
     def _start(self, s: Index, b: Index) -> cython.int:
         # Begin to write, with the lock just acquired.
-        if self.w64[b + _S_EPOCH] & 1:
+        if self.w64[b + _S_SEQ] & 1:
             self._mend(s, b, 0)
-        self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+        self._put_word(b + _S_SEQ, self.w64[b + _S_SEQ] + 1)
         if self.touch_count[s]:
             try:
                 self._apply_touches(s, b)
@@ -1878,7 +1880,7 @@ class Slab:
     @cython.inline
     @cython.exceptval(-1)
     def _end(self, s: Index, b: Index) -> cython.int:
-        self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+        self._put_word(b + _S_SEQ, self.w64[b + _S_SEQ] + 1)
         self._release(s, b)
         return 0
 
@@ -1894,7 +1896,7 @@ class Slab:
             and type(error) is ValueError
             and "memoryview" in str(error)
         )
-        if damage or self.w64[b + _S_EPOCH] & 1:
+        if damage or self.w64[b + _S_SEQ] & 1:
             self._mend(s, b, 0)
         self._release(s, b)
         if damage:
@@ -1990,7 +1992,7 @@ class Slab:
         found: cython.bint
         try:
             for _attempt in range(_ATTEMPTS):
-                epoch = self._get_word(b + _S_EPOCH)
+                epoch = self._get_word(b + _S_SEQ)
                 slot = self.w32[head]
                 if cython.compiled and slot:
                     self._fetch_block(b, slot)
@@ -2019,7 +2021,7 @@ class Slab:
                     self._read_fence()
                     if (
                         (stuck or epoch & 1 == 0)
-                        and epoch == self._get_word(b + _S_EPOCH)
+                        and epoch == self._get_word(b + _S_SEQ)
                         and slot == 0
                     ):
                         if how & 1:
@@ -2205,9 +2207,9 @@ class Slab:
             return 0
         if n == _TOUCHES:
             if self._try_acquire(s, b):
-                if self.w64[b + _S_EPOCH] & 1:
+                if self.w64[b + _S_SEQ] & 1:
                     self._mend(s, b, 0)
-                self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+                self._put_word(b + _S_SEQ, self.w64[b + _S_SEQ] + 1)
                 try:
                     self._apply_touches(s, b)
                 except BaseException as error:
@@ -2999,7 +3001,7 @@ class Slab:
         dropped: Index = 0
         self._acquire(s, b)
         try:
-            self._put_word(b + _S_EPOCH, self.w64[b + _S_EPOCH] + 1)
+            self._put_word(b + _S_SEQ, self.w64[b + _S_SEQ] + 1)
             dropped = self._rebuild(b)
         except BaseException as error:
             self._abort(s, b, error)
@@ -3074,18 +3076,22 @@ class Slab:
         """
         b: Index = self._base(s)
         first: Word = since
-        head: Word = self._get_word(b + _S_NOTICE_HEAD)
+        head: Word = self._get_word(b + _S_MAILBOX_HEAD)
         n: Word = first
         at: Index
         out: list = []
-        if head - first >= _NOTICES or head < first:
+        if head - first >= _MAILBOX_SIZE or head < first:
             return head, None
         while n < head:
-            at = b + _S_NOTICES + _NOTICE_WORDS * cython.cast(Index, n & (_NOTICES - 1))
+            at = (
+                b
+                + _S_MAILBOX
+                + _MAILBOX_WORDS * cython.cast(Index, n & (_MAILBOX_SIZE - 1))
+            )
             out += (self.w64[at], self.w64[at + 1], self.w64[at + 2])
             n += 1
         self._read_fence()
-        if self._get_word(b + _S_NOTICE_HEAD) - first >= _NOTICES:
+        if self._get_word(b + _S_MAILBOX_HEAD) - first >= _MAILBOX_SIZE:
             return head, None
         return head, out
 
@@ -3106,8 +3112,8 @@ class Slab:
         result: Word = 1
         self._begin(s, b)
         try:
-            for i in range(_CLAIMS):
-                at = b + _S_CLAIMS + 2 * ((home + i) & (_CLAIMS - 1))
+            for i in range(_IN_FLIGHT):
+                at = b + _S_IN_FLIGHT + 2 * ((home + i) & (_IN_FLIGHT - 1))
                 if self.w64[at + 1] == 0:
                     if free < 0:
                         free = at
@@ -3131,8 +3137,8 @@ class Slab:
         hh: Word = h
         cython.declare(at=Index, i=Index)
         self._begin(s, b)
-        for i in range(_CLAIMS):
-            at = b + _S_CLAIMS + 2 * i
+        for i in range(_IN_FLIGHT):
+            at = b + _S_IN_FLIGHT + 2 * i
             if self.w64[at + 1] == self.token and self.w64[at] == hh:
                 self._put_word(at + 1, 0)
                 self.w64[at] = 0
@@ -3142,8 +3148,8 @@ class Slab:
         """The tokens of those who have claims in a shard; a look without the lock."""
         b: Index = self._base(s)
         tokens = set()
-        for i in range(_CLAIMS):
-            tokens.add(self.w64[b + _S_CLAIMS + 2 * i + 1])
+        for i in range(_IN_FLIGHT):
+            tokens.add(self.w64[b + _S_IN_FLIGHT + 2 * i + 1])
         tokens.discard(0)
         return tokens
 
@@ -3153,8 +3159,8 @@ class Slab:
         dead: Word = gone
         cython.declare(at=Index, i=Index)
         self._begin(s, b)
-        for i in range(_CLAIMS):
-            at = b + _S_CLAIMS + 2 * i
+        for i in range(_IN_FLIGHT):
+            at = b + _S_IN_FLIGHT + 2 * i
             if self.w64[at + 1] == dead:
                 self._put_word(at + 1, 0)
                 self.w64[at] = 0
@@ -3261,7 +3267,7 @@ if not cython.compiled:
         for s, owner in list(slab.owners.items()):
             b = slab._base(s)
             if owner == me and slab.w64[b + _S_HOLDER] == slab.token:
-                if slab.w64[b + _S_EPOCH] & 1:
+                if slab.w64[b + _S_SEQ] & 1:
                     slab._mend(s, b, 0)
                 slab._release(s, b)
 

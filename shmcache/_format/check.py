@@ -89,7 +89,7 @@ def read_header(data: Data) -> Header:
         geometry=_geometry(words),
         seed=words[fmt.H_SEED],
         max_entries=words[fmt.H_MAX_ENTRIES],
-        incarnation=words[fmt.H_INCARNATION],
+        incarnation=words[fmt.H_GENERATION],
     )
 
 
@@ -192,7 +192,7 @@ def _check_header(data: memoryview, found: _Findings) -> bool:
     _check_text(data, "codec", fmt.CODEC_AT, fmt.CODEC_SIZE, found)
     _check_text(data, "name", fmt.NAME_AT, fmt.NAME_SIZE, found)
     _check_banks(words, found)
-    _check_rows(data, words[fmt.H_INCARNATION], found)
+    _check_rows(data, words[fmt.H_GENERATION], found)
     return sound
 
 
@@ -258,16 +258,16 @@ def _check_settings(words: Sequence[int], found: _Findings) -> None:
         ("ttl", words[fmt.H_TTL], fmt.MAX_TTL_NS),
         ("jitter", words[fmt.H_JITTER], 1_000_000),
         ("cleanup", words[fmt.H_CLEANUP], _COUNTER_END - 1),
-        ("epoch", words[fmt.H_EPOCH], _COUNTER_END - 1),
-        ("created", words[fmt.H_CREATED], _COUNTER_END - 1),
+        ("epoch", words[fmt.H_CREATED_AT], _COUNTER_END - 1),
+        ("created", words[fmt.H_CREATED_WALL], _COUNTER_END - 1),
         # A token has 48 bits for it.
-        ("incarnation", words[fmt.H_INCARNATION], (1 << 48) - 1),
-        ("fold", words[fmt.H_FOLD], 1),
+        ("incarnation", words[fmt.H_GENERATION], (1 << 48) - 1),
+        ("fold", words[fmt.H_RETIRED], 1),
     ):
         if number > high:
             found.add(f"header: {name} is {number}, over {high}")
     # A segment was made at some time, beside some lease file.
-    for name, at in (("created", fmt.H_CREATED), ("lease", fmt.H_LEASE)):
+    for name, at in (("created", fmt.H_CREATED_WALL), ("lease", fmt.H_LOCK_INODE)):
         if not words[at]:
             found.add(f"header: {name} is 0")
     # No flag but the known ones.
@@ -308,15 +308,15 @@ def _token_fault(token: int, newest: int) -> str | None:
 
 def _check_banks(words: Sequence[int], found: _Findings) -> None:
     for bank in range(2):
-        at = fmt.FOLD_AT + bank * fmt.FOLD_WORDS
+        at = fmt.RETIRED_AT + bank * fmt.RETIRED_WORDS
         counters = words[at : at + fmt.ROW_WORDS - fmt.R_COUNTERS]
-        token = words[at + fmt.FOLD_TOKEN]
+        token = words[at + fmt.RETIRED_TOKEN]
         # Some worker was folded into a bank last, or none was and it counts nothing.
         # (The bank that does not count may be a copy broken off by a death.)
-        fault = token and _token_fault(token, words[fmt.H_INCARNATION])
+        fault = token and _token_fault(token, words[fmt.H_GENERATION])
         if fault:
             found.add(f"fold bank {bank}: {fault}")
-        if not token and any(counters) and bank == words[fmt.H_FOLD]:
+        if not token and any(counters) and bank == words[fmt.H_RETIRED]:
             found.add(f"fold bank {bank}: counts {sum(counters)} of no worker")
         for n, counter in enumerate(counters):
             if counter >= _COUNTER_END:
@@ -370,7 +370,7 @@ class _Reader:
         self.header, self.geometry, self.shard, self._found = header, g, shard, found
         self.slots, self.blocks, self.block_size = g.slots, g.blocks, g.block_size
         self.words = data[: fmt.SHARD_HEADER].cast("Q").tolist()
-        heads = data[8 * fmt.S_WHEEL_HEADS : 8 * fmt.S_CLAIMS].cast("I")
+        heads = data[8 * fmt.S_WHEEL_HEADS : 8 * fmt.S_IN_FLIGHT].cast("I")
         self.heads = heads[: fmt.WHEEL_LEVELS * fmt.WHEEL_SLOTS].tolist()
         buckets = data[g.buckets_at : g.buckets_at + 4 * g.slots].cast("I")
         self.buckets = _column(buckets, "I", 0, 1)
@@ -457,7 +457,7 @@ def _check_shard(
 
 
 def _check_lock_line(s: _Reader, *, quiescent: bool) -> None:
-    epoch, holder = s.words[fmt.S_EPOCH], s.words[fmt.S_HOLDER]
+    epoch, holder = s.words[fmt.S_SEQ], s.words[fmt.S_HOLDER]
     # With nobody inside, the epoch is even and nobody holds the lock.
     if quiescent and epoch & 1:
         s.say(f"epoch is {epoch}, odd, with no writer inside")
@@ -496,7 +496,7 @@ def _check_counts(s: _Reader) -> None:
 def _check_counters(s: _Reader) -> None:
     # Turns and sequence only ever count up from zero, like the counters.
     counters = range(fmt.S_COUNTERS, fmt.S_COUNTERS_END)
-    for n in (fmt.S_TURNS, fmt.S_SEQUENCE, *counters):
+    for n in (fmt.S_ACQUISITIONS, fmt.S_SEQUENCE, *counters):
         if s.words[n] >= _COUNTER_END:
             name = _SHARD_WORDS.get(n, f"word {n}")
             s.say(f"{name} is {s.words[n]}, more than can be counted")
@@ -513,8 +513,8 @@ def _check_counters(s: _Reader) -> None:
 def _check_claims(s: _Reader, *, quiescent: bool) -> None:
     newest = s.header.incarnation if quiescent else MASK64
     claimed: dict[int, int] = {}
-    for n in range(fmt.CLAIMS):
-        key_hash, token = s.words[fmt.S_CLAIMS + 2 * n : fmt.S_CLAIMS + 2 * n + 2]
+    for n in range(fmt.IN_FLIGHT):
+        key_hash, token = s.words[fmt.S_IN_FLIGHT + 2 * n : fmt.S_IN_FLIGHT + 2 * n + 2]
         if not key_hash and not token:
             continue
         # A claim is a worker's.

@@ -71,8 +71,8 @@ H_MAGIC = 0  # stored last at creation
 H_FORMAT = 1
 H_SIZE = 2  # of the whole segment, bytes
 H_SEED = 3  # of the key hash
-H_CREATED = 4  # wall clock, ns
-H_EPOCH = 5  # the cache's clock at creation, ns: zero of the stamps
+H_CREATED_WALL = 4  # wall clock, ns
+H_CREATED_AT = 5  # the cache's clock at creation, ns: zero of the stamps
 H_SHARDS = 6
 H_SLOTS = 7  # records of a shard, without the sentinel
 H_BLOCKS = 8  # blocks of a shard
@@ -85,9 +85,9 @@ H_TTL = 14  # ns, 0 = never
 H_JITTER = 15  # parts per million
 H_CLEANUP = 16  # ns
 H_FLAGS = 17
-H_INCARNATION = 18  # of the last worker row handed out
-H_FOLD = 19  # which fold bank counts: 0 or 1
-H_LEASE = 20  # inode of the lease file
+H_GENERATION = 18  # of the last worker row handed out
+H_RETIRED = 19  # which fold bank counts: 0 or 1
+H_LOCK_INODE = 20  # inode of the lease file
 H_RECOVERED = 21  # entries found, and given up, when a persistent segment was last
 H_LOST = 22  # taken into use again
 H_FREED = 23  # rows freed so far: tells who looks that a worker has gone
@@ -100,9 +100,9 @@ NAME_AT, NAME_SIZE = 320, 192
 
 # Two banks of counters of workers that have gone, and in the last word of a bank
 # the token of the worker folded into it last: see _workers.fold.
-FOLD_AT = 512 // 8
-FOLD_WORDS = 32
-FOLD_TOKEN = FOLD_WORDS - 1
+RETIRED_AT = 512 // 8
+RETIRED_WORDS = 32
+RETIRED_TOKEN = RETIRED_WORDS - 1
 
 # --- worker rows: 64-bit words --------------------------------------------------
 ROWS_AT = PAGE
@@ -125,11 +125,17 @@ R_LEASES = 17  # leases on handles, begun
 R_RETURNED = 18  # and ended
 R_COUNTERS = R_HITS
 
+
+def row_at(row: int) -> int:
+    """The first 64-bit word of a worker row."""
+    return (ROWS_AT + row * ROW_SIZE) // 8
+
+
 # --- shard words: 64-bit words from the shard's start ---------------------------
 # The lock line, which everyone looks at.
-S_EPOCH = 0  # odd while a writer is inside
+S_SEQ = 0  # odd while a writer is inside
 S_HOLDER = 1  # token of the worker inside, 0 = nobody
-S_TURNS = 2  # acquisitions: a waiter sees by it that something moves
+S_ACQUISITIONS = 2  # acquisitions: a waiter sees by it that something moves
 # Guarded by the lock from here on.
 S_SEQUENCE = 8  # of the last write: a record's version is sequence << 1 | live
 S_ENTRIES = 9
@@ -171,14 +177,14 @@ WHEEL_TICK_BITS = 20  # a tick is 2**20 ns, 1.05 ms
 WHEEL_FIRST = 0x8000_0000
 
 # Claims of get_or_set: pairs (hash of the key, token of the worker that computes).
-S_CLAIMS = 320
-CLAIMS = 256
+S_IN_FLIGHT = 320
+IN_FLIGHT = 256
 
 # Notices to the owners of handles: a ring of (token, number, cause, 0), see handles.py.
-S_NOTICE_HEAD = 832  # how many were written ever
-S_NOTICES = 1024
-NOTICES = 256
-NOTICE_WORDS = 4
+S_MAILBOX_HEAD = 832  # how many were written ever
+S_MAILBOX = 1024
+MAILBOX_SIZE = 256
+MAILBOX_WORDS = 4
 
 SHARD_HEADER = 16384
 
@@ -308,6 +314,10 @@ class Geometry:
     @property
     def shards_at(self) -> int:
         return ROWS_AT + ROWS * ROW_SIZE
+
+    def shard_at(self, shard: int) -> int:
+        """The first 64-bit word of a shard."""
+        return (self.shards_at + shard * self.stride) // 8
 
     def blocks_of(self, length: int) -> int:
         """How many blocks an entry takes whose key and value have so many bytes."""

@@ -168,9 +168,9 @@ class Segment:
                 geometry=plan.geometry,
                 name=self.names.cache,
                 seed=plan.seed,
-                created_ns=self.w64[L.H_CREATED],
-                epoch_ns=self.w64[L.H_EPOCH],
-                lease_inode=self.w64[L.H_LEASE],
+                created_wall_ns=self.w64[L.H_CREATED_WALL],
+                created_at_ns=self.w64[L.H_CREATED_AT],
+                lock_inode=self.w64[L.H_LOCK_INODE],
             )
             return header, str(error)
 
@@ -230,9 +230,9 @@ class Segment:
         """A shard's words up to the counters' end, of one moment if that can be had."""
         base = self.base(shard)
         for attempt in range(ATTEMPTS):
-            epoch = self.w64[base + L.S_EPOCH]
+            epoch = self.w64[base + L.S_SEQ]
             words = tuple(self.w64[base : base + L.S_COUNTERS_END])
-            if not epoch & 1 and self.w64[base + L.S_EPOCH] == epoch:
+            if not epoch & 1 and self.w64[base + L.S_SEQ] == epoch:
                 break
             time.sleep(0.0001 * (attempt > 20))
         return words
@@ -282,7 +282,7 @@ class Segment:
         """The shards in which somebody writes, or for which somebody waits."""
         for shard in self.shards:
             base = self.base(shard)
-            writing = bool(self.w64[base + L.S_EPOCH] & 1)
+            writing = bool(self.w64[base + L.S_SEQ] & 1)
             token = self.w64[base + L.S_HOLDER]
             waiting = self._waiting(shard)
             if writing or token or waiting:
@@ -308,14 +308,14 @@ class Segment:
         One with a clock of its own is taken to run as the wall clock does.
         """
         monotonic = time.monotonic_ns()
-        epoch = self.header.epoch_ns
+        epoch = self.header.created_at_ns
         if epoch <= monotonic:
             return monotonic
-        return epoch + max(0, time.time_ns() - self.header.created_ns)
+        return epoch + max(0, time.time_ns() - self.header.created_wall_ns)
 
     def age(self, entry: Entry) -> float:
         """Seconds since an entry was written, to 0.07 s."""
-        now = (self.now() - self.header.epoch_ns) >> L.STAMP_SHIFT
+        now = (self.now() - self.header.created_at_ns) >> L.STAMP_SHIFT
         age = (now - entry.stamp) & L.MASK32
         return 0.0 if age >> 31 else (age << L.STAMP_SHIFT) / 1e9
 
@@ -491,9 +491,9 @@ class Segment:
         """A shard's slots, the most recently used first; None if none can be had."""
         base = self.base(shard)
         for attempt in range(ATTEMPTS):
-            epoch = self.w64[base + L.S_EPOCH]
+            epoch = self.w64[base + L.S_SEQ]
             links = self._column(self.w32, shard, L.F_LRU_NEXT)
-            if not epoch & 1 and self.w64[base + L.S_EPOCH] == epoch:
+            if not epoch & 1 and self.w64[base + L.S_SEQ] == epoch:
                 return _walk(links)
             time.sleep(0.0001 * (attempt > 20))
         return None
@@ -503,13 +503,13 @@ class Segment:
         base = self.base(shard)
         first = (8 * base + self.header.geometry.records_at) // 4 + L.F_LRU_NEXT
         for _ in range(10):
-            epoch = self.w64[base + L.S_EPOCH]
+            epoch = self.w64[base + L.S_SEQ]
             slots: list[int] = []
             slot = self.w32[first]
             while 0 < slot <= self.header.geometry.slots and len(slots) < count:
                 slots.append(slot)
                 slot = self.w32[first + slot * L.RECORD_WORDS]
-            if not epoch & 1 and self.w64[base + L.S_EPOCH] == epoch:
+            if not epoch & 1 and self.w64[base + L.S_SEQ] == epoch:
                 return slots
         return []
 

@@ -77,7 +77,7 @@ class Lease:
     """
 
     def __init__(self, names: Names, *, create: bool) -> None:
-        self._path = names.lease_path
+        self._path = names.lock_path
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_CREAT * create
         self.is_new = create
         try:
@@ -100,7 +100,7 @@ class Lease:
         Raises FileNotFoundError, SegmentRefused, OSError.
         """
         with mutex():
-            self = _leases.get(_segment.identity(names.lease_path))
+            self = _leases.get(_segment.identity(names.lock_path))
             if not self or not self.intact():
                 self = cls(names, create=create)
                 _leases[self._file] = self
@@ -417,8 +417,8 @@ class Attachment:
         for shard in range(geometry.shards):
             base = (geometry.shards_at + shard * geometry.stride) // 8
             self.words[base + L.S_HOLDER] = 0
-            for i in range(2 * L.CLAIMS):
-                self.words[base + L.S_CLAIMS + i] = 0
+            for i in range(2 * L.IN_FLIGHT):
+                self.words[base + L.S_IN_FLIGHT + i] = 0
 
     def usable(self) -> bool:
         """Whether new users of the name would come to this very segment.
@@ -465,8 +465,8 @@ class Attachment:
         row = self._free_row()
         self._provide_for_exit()
         self.row = (L.ROWS_AT + row * L.ROW_SIZE) // 8
-        self.words[L.H_INCARNATION] += 1
-        incarnation = self.words[L.H_INCARNATION] & 0xFFFF_FFFF_FFFF
+        self.words[L.H_GENERATION] += 1
+        incarnation = self.words[L.H_GENERATION] & 0xFFFF_FFFF_FFFF
         token = incarnation << 16 | (row + 1)
         self.words[self.row + L.R_PID] = os.getpid()
         self.words[self.row + L.R_STARTED] = time.time_ns()
@@ -479,7 +479,7 @@ class Attachment:
             return
         names = self.names
         shards = range(self.header.geometry.shards)
-        paths = [names.lease_path, names.segment_path]
+        paths = [names.lock_path, names.segment_path]
         paths += [names.semaphore_path(shard) for shard in shards]
         self._leaver = leave_on_exit(self.lease.fd, _ROW, L.ROWS, paths)
 
@@ -555,7 +555,7 @@ class Attachment:
             self._remove_lease()
 
     def _remove_lease(self) -> None:
-        os.unlink(self.names.lease_path)
+        os.unlink(self.names.lock_path)
 
     def _close_files(self) -> None:
         try:
@@ -683,20 +683,20 @@ class Attachment:
         at = (L.ROWS_AT + row * L.ROW_SIZE) // 8
         words = self.words
         token = words[at + L.R_TOKEN]
-        counting = words[L.H_FOLD] & 1
-        old = L.FOLD_AT + counting * L.FOLD_WORDS
-        half = words[old + L.FOLD_TOKEN]
+        counting = words[L.H_RETIRED] & 1
+        old = L.RETIRED_AT + counting * L.RETIRED_WORDS
+        half = words[old + L.RETIRED_TOKEN]
         if half != token and self._names_row(half):
             # Whoever folded that one died before clearing it.  First things first: in
             # the next bank no word would tell that its counts are in the sums.
             self._clear_row((L.ROWS_AT + ((half & 0xFFFF) - 1) * L.ROW_SIZE) // 8)
         if token and half != token:
-            new = L.FOLD_AT + (1 - counting) * L.FOLD_WORDS
+            new = L.RETIRED_AT + (1 - counting) * L.RETIRED_WORDS
             for i in range(L.ROW_WORDS - L.R_COUNTERS):
                 total = words[old + i] + words[at + L.R_COUNTERS + i]
                 words[new + i] = total & L.MASK64
-            words[new + L.FOLD_TOKEN] = token
-            words[L.H_FOLD] = 1 - counting
+            words[new + L.RETIRED_TOKEN] = token
+            words[L.H_RETIRED] = 1 - counting
         self._clear_row(at)
 
     def _names_row(self, token: int) -> bool:
@@ -743,13 +743,13 @@ def sum_counters(words: memoryview) -> list[int]:
     n = L.ROW_WORDS - L.R_COUNTERS
     while True:
         freed = words[L.H_FREED]
-        counting = words[L.H_FOLD] & 1
-        bank = L.FOLD_AT + counting * L.FOLD_WORDS
+        counting = words[L.H_RETIRED] & 1
+        bank = L.RETIRED_AT + counting * L.RETIRED_WORDS
         totals = words[bank : bank + n].tolist()
-        folded = words[bank + L.FOLD_TOKEN]
+        folded = words[bank + L.RETIRED_TOKEN]
         rows = words[L.ROWS_AT // 8 : (L.ROWS_AT + L.ROWS * L.ROW_SIZE) // 8].tolist()
         # After two rows that were folded meanwhile the bank is the same again.
-        if (words[L.H_FOLD] & 1, words[L.H_FREED]) == (counting, freed):
+        if (words[L.H_RETIRED] & 1, words[L.H_FREED]) == (counting, freed):
             break
     for at in range(0, len(rows), L.ROW_WORDS):
         if rows[at + L.R_TOKEN] not in (0, folded):

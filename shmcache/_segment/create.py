@@ -65,7 +65,7 @@ class Names:
         return f"{SHM_DIR}/{self.segment}"
 
     @property
-    def lease_path(self) -> str:
+    def lock_path(self) -> str:
         return f"{SHM_DIR}/{self.segment}.lease"
 
     def semaphore(self, shard: int) -> str:
@@ -152,9 +152,9 @@ class Header:
     geometry: L.Geometry
     name: str
     seed: int
-    created_ns: int  # wall clock
-    epoch_ns: int  # the cache's clock
-    lease_inode: int
+    created_wall_ns: int  # wall clock
+    created_at_ns: int  # the cache's clock
+    lock_inode: int
 
 
 class Gone:
@@ -215,7 +215,7 @@ def open_own(path: str, flags: int) -> int:
     return fd
 
 
-def create(names: Names, settings: Settings, lease_inode: int, now: int) -> Block:
+def create(names: Names, settings: Settings, lock_inode: int, now: int) -> Block:
     """A new, empty segment with its semaphores; the caller holds the admin lock."""
     from shmcache._segment.block import Block
 
@@ -235,8 +235,8 @@ def create(names: Names, settings: Settings, lease_inode: int, now: int) -> Bloc
             L.H_FORMAT: L.FORMAT,
             L.H_SIZE: geometry.size,
             L.H_SEED: int.from_bytes(os.urandom(8)),
-            L.H_CREATED: time.time_ns(),
-            L.H_EPOCH: now,
+            L.H_CREATED_WALL: time.time_ns(),
+            L.H_CREATED_AT: now,
             L.H_SHARDS: geometry.shards,
             L.H_SLOTS: geometry.slots,
             L.H_BLOCKS: geometry.blocks,
@@ -249,7 +249,7 @@ def create(names: Names, settings: Settings, lease_inode: int, now: int) -> Bloc
             L.H_JITTER: settings.jitter_ppm,
             L.H_CLEANUP: settings.cleanup_ns,
             L.H_FLAGS: flags,
-            L.H_LEASE: lease_inode,
+            L.H_LOCK_INODE: lock_inode,
         }.items():
             words[word] = value
         _put_text(buffer, L.CODEC_AT, L.CODEC_SIZE, settings.codec)
@@ -359,9 +359,9 @@ def read_header(names: Names, buffer: memoryview) -> Header:
         geometry=geometry,
         name=name,
         seed=words[L.H_SEED],
-        created_ns=words[L.H_CREATED],
-        epoch_ns=words[L.H_EPOCH],
-        lease_inode=words[L.H_LEASE],
+        created_wall_ns=words[L.H_CREATED_WALL],
+        created_at_ns=words[L.H_CREATED_AT],
+        lock_inode=words[L.H_LOCK_INODE],
     )
 
 

@@ -120,7 +120,7 @@ def remove(name: str, *, force: bool = False) -> bool:
             if not lease.current() or (lease.in_use() and not force):
                 return False
             _segment.remove(names)
-            os.unlink(names.lease_path)
+            os.unlink(names.lock_path)
         except IsADirectoryError as error:
             raise SegmentRefused(
                 f"{names.segment_path} is a directory and so none of a cache's files:"
@@ -192,7 +192,7 @@ def _shards(memory: mmap.mmap, g: L.Geometry) -> Iterator[tuple[int, bytes | Non
     # A copy is of one moment if the epoch was even before it and is the same after.
     for shard in range(g.shards):
         at = g.shards_at + shard * g.stride
-        epoch = slice(at + 8 * L.S_EPOCH, at + 8 * L.S_EPOCH + 8)
+        epoch = slice(at + 8 * L.S_SEQ, at + 8 * L.S_SEQ + 8)
         for _ in range(ATTEMPTS):
             before = memory[epoch]
             data = memory[at : at + g.stride]

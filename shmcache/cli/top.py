@@ -97,7 +97,7 @@ class Look:
             inside=list(segment.inside()),
             codec=segment.codec,
             persist=segment.header.settings.persist,
-            created=segment.header.created_ns,
+            created=segment.header.created_wall_ns,
             trouble=segment.trouble,
         )
 
