@@ -581,7 +581,7 @@ DAMAGES = [
     shard(fmt.S_SEQ, 35, "epoch is 35, odd, with no writer inside"),
     shard(fmt.S_HOLDER, TOKEN, "holder is 0x50003 with nobody inside"),
     shard(fmt.S_HOLDER, MASK32, "holder: token 0xffffffff names row 65534 of 1024"),
-    shard(fmt.S_ACQUISITIONS, HUGE, "turns is"),
+    shard(fmt.S_ACQUISITIONS, HUGE, "acquisitions is"),
     shard(fmt.S_SEQUENCE, 7, "slot 2: written by write 8, the last was 7"),
     shard(fmt.S_SEQUENCE, HUGE, "sequence is"),
     shard(fmt.S_ENTRIES, 7, "entries is 7, but 8 records are live"),
