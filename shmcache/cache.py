@@ -35,16 +35,19 @@ from shmcache._arguments import (
     parse_size,
     ttl_to_ns,
 )
-from shmcache._engine.slab import (
+from shmcache._engine import (
     MISSING,
     Slab,
     close_semaphores,
     compiled,
+    decode_key,
+    decode_tagged,
+    encode_key,
+    make_codec,
     touch_buffers,
 )
 from shmcache._format import check as _check
 from shmcache._format import layout as L
-from shmcache._format.values import decode_key, decode_tagged, encode_key, make_codec
 from shmcache._process.attachment import Attachment, mutex
 from shmcache._process.sweeper import sweeper
 from shmcache._recipes.memoize import Memoized

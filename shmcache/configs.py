@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache._arguments import check_callable, check_count, check_flag, ttl_to_ns
 from shmcache._component import Component
-from shmcache._engine.slab import MISSING
+from shmcache._engine import MISSING
 from shmcache._format import layout as L
 from shmcache._process.callbacks import Callbacks
 from shmcache._process.sweeper import sweeper

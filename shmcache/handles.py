@@ -40,10 +40,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from shmcache._arguments import Ttl, check_callable, check_count
-from shmcache._engine.slab import MISSING
+from shmcache._engine import MISSING, HandleCodec, decode_key, encode_key
 from shmcache._format import layout as L
 from shmcache._format.layout import Cause
-from shmcache._format.values import HandleCodec, decode_key, encode_key
 from shmcache._process import attachment as _workers
 from shmcache._process.callbacks import Callbacks
 from shmcache._process.sweeper import sweeper

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
-from shmcache._engine.slab import compiled
+from shmcache._engine import compiled
 from shmcache._format import layout as L
 
 if TYPE_CHECKING:

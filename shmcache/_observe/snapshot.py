@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import xxhash
 
+from shmcache._engine import HandleCodec, MsgpackCodec, decode_key, decode_tagged
 from shmcache._format import check as _check
 from shmcache._format import layout as L
-from shmcache._format.values import HandleCodec, MsgpackCodec, decode_key, decode_tagged
 from shmcache._process import attachment as _workers
 from shmcache._segment import create as _segment
 from shmcache._segment.create import Header, Names

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from shmcache._segment.block import Block
     from shmcache._segment.create import Header, Names, Settings
-from shmcache._engine.slab import leave_on_exit, left_before_exit
+from shmcache._engine import leave_on_exit, left_before_exit
 
 log = logging.getLogger("shmcache")
 

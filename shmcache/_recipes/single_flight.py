@@ -20,7 +20,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from shmcache._engine.slab import MISSING
+from shmcache._engine import MISSING
 from shmcache.errors import LockTimeout, ReentrantCall
 
 if TYPE_CHECKING:

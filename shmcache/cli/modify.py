@@ -91,7 +91,7 @@ def _delete_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _delete(options: argparse.Namespace) -> int:
-    from shmcache._format.values import encode_key
+    from shmcache._engine import encode_key
     from shmcache.cli.show import json_line, parse_key
 
     missing = 0
@@ -147,7 +147,7 @@ def _attached(name: str, *, storing: bool = False) -> Iterator[shmcache.Cache]:
     One that the dead have left is not: the next process to create it starts anew, and
     whoever only attached would remove what is to be looked at.
     """
-    from shmcache._format.values import FunctionCodec
+    from shmcache._engine import FunctionCodec
     from shmcache._observe.snapshot import Segment
 
     with Segment(name) as segment:

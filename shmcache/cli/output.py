@@ -55,7 +55,7 @@ def chosen_entries(
     segment: Segment, prefix: str | None, how: str, *, values: bool = False
 ) -> Iterator[Entry]:
     """The living entries whose key begins with a prefix, as for ``Cache.clear``."""
-    from shmcache._format.values import encode_key
+    from shmcache._engine import encode_key
     from shmcache.cli.show import parse_key
     from shmcache.errors import UnsupportedKey
 
@@ -81,7 +81,7 @@ def _begins(key: tuple[int, bytes], prefix: tuple[int, bytes]) -> bool:
 
 def entries_of(segment: Segment, key: str, how: str) -> list[Entry]:
     """The entries of a key, expired ones included: of handles one for each owner."""
-    from shmcache._format.values import encode_key
+    from shmcache._engine import encode_key
     from shmcache.cli.show import parse_key
 
     wanted = encode_key(parse_key(key, how))
