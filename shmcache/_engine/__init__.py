@@ -14,15 +14,14 @@ from shmcache._engine.slab import (
     left_before_exit,
     touch_buffers,
 )
+from shmcache._format.keys import decode_key, encode_key
 from shmcache._format.values import (
     Codec,
     FunctionCodec,
     HandleCodec,
     MsgpackCodec,
     MsgspecCodec,
-    decode_key,
     decode_tagged,
-    encode_key,
     make_codec,
 )
 

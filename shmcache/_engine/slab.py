@@ -48,7 +48,9 @@ from xxhash import xxh3_64_intdigest
 
 from shmcache._arguments import Ttl, ttl_to_ns
 from shmcache._format import layout as L
-from shmcache._format.values import RICH, decode_tagged, encode_key
+from shmcache._format.keys import encode_key
+from shmcache._format.richtypes import RICH
+from shmcache._format.values import decode_tagged
 from shmcache._segment.create import Gone
 from shmcache.errors import EntryTooLarge, LockTimeout, SegmentCorrupt, UnsupportedValue
 
