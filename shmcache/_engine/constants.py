@@ -5,7 +5,18 @@ constant, and Cython cannot import a C constant from Python.  So each number of
 ``_format/layout.py`` that the engine uses has a twin of the same name here.
 """
 
+from typing import TYPE_CHECKING
+
 from shmcache._format import layout as L
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if not cython.compiled:
+    from shmcache._format.richtypes import RICH
+
 
 # --- words of a shard -------------------------------------------------------------
 S_SEQ = cython.declare(cython.Py_ssize_t, L.S_SEQ)
@@ -127,12 +138,13 @@ RECENCY = cython.declare(cython.Py_ssize_t, RECENCY_SIZE)
 EXPIRED_PER_INSERT = cython.declare(cython.Py_ssize_t, 4)
 # Optimistic reads before a reader queues up with the writers.
 ATTEMPTS = cython.declare(cython.int, 8)
-# Looks at a busy lock before sleeping: about 2 us, the length of several write sections.
+# Looks at a busy lock before sleeping: about 2 us, the length of several write
+# sections.
 SPINS = cython.declare(cython.int, 40)
 # A sleeping waiter wakes this often (ns) to see whether the holder still lives.
 LOOK_NS = cython.declare(cython.ulonglong, 25_000_000)
-# A reader believes that the writer inside stands still after so many looks: a rebuild of
-# a shard of 100,000 entries is done by then.
+# A reader believes that the writer inside stands still after so many looks: a rebuild
+# of a shard of 100,000 entries is done by then.
 PATIENCE = cython.declare(cython.int, 4)
 # Placeholder token when the dead process left HOLDER empty; no real token is so small.
 UNKNOWN = cython.declare(cython.ulonglong, 1)

@@ -1,14 +1,14 @@
 """Entries: found, stored, reclaimed, evicted; and what is told of those that go.
 
 What holds at every single store, and so at every instant at which a process may die: an
-entry is in the cache if and only if the version of its record is odd, and then its other
-fields, its key and its value are in place.  Therefore
+entry is in the cache if and only if the version of its record is odd, and then its
+other fields, its key and its value are in place.  Therefore
 
-- a writer fills a free record and fresh blocks first, and publishes the entry by storing
-  the version (``_store``);
+- a writer fills a free record and fresh blocks first, and publishes the entry by
+  storing the version (``_store``);
 - an entry that goes has its version cleared first (``_unlink``);
-- an overwrite publishes a second record, and then unlinks the first.  If the writer dies
-  in between, the rebuild keeps the higher version.
+- an overwrite publishes a second record, and then unlinks the first.  If the writer
+  dies in between, the rebuild keeps the higher version.
 
 Everything else is derived from the records, and ``rebuild.py`` derives it.
 
@@ -17,6 +17,72 @@ no Python code that could run anything else, and allocate no objects that the ga
 collector tracks: a signal handler, a finalizer or another thread would find the shard
 half changed.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        CAPACITY,
+        EXPIRED,
+        F_BLOCK,
+        F_CHAIN,
+        F_CHECKSUM,
+        F_HASH,
+        F_LRU_PREV,
+        F_META,
+        F_STAMP,
+        F_TTL,
+        F_VALUE_LEN,
+        F_WHEEL_NEXT,
+        F_WHEEL_PREV,
+        LAST_KIND,
+        MAILBOX_SIZE,
+        MAILBOX_WORDS,
+        MASK32,
+        MASK64,
+        MAX_EXPIRES,
+        MAX_VERSION,
+        META_FETCHED,
+        META_KEY,
+        NEVER,
+        OWNER_SIZE,
+        REPLACED,
+        S_AGE_BUCKETS,
+        S_AGES,
+        S_DUE,
+        S_ENTRIES,
+        S_GONE,
+        S_MAILBOX,
+        S_MAILBOX_HEAD,
+        S_REDO_CHECKSUM,
+        S_REDO_SLOT,
+        S_REDO_VALUE,
+        S_REDO_VERSION,
+        S_SEQUENCE,
+        S_SETS,
+        S_TICK,
+        S_UNREAD,
+        S_WHEEL_HEADS,
+        V_EXPIRES,
+        WHEEL_TICK_BITS,
+        Index,
+        Word,
+    )
+    from shmcache._engine.wheel import Wheel
+    from shmcache._engine.words import Corrupt, bytes_of, word_of
+    from shmcache._format.fields import (
+        is_live,
+        key_len_of,
+        kind_of,
+        make_meta,
+        make_version,
+        tag_of,
+    )
 
 
 @cython.cclass
@@ -167,7 +233,9 @@ class Entries(Wheel):
         block: Index = self.w32[r + F_BLOCK]
         head: Word = self.w64[b + S_MAILBOX_HEAD]
         at: Index = (
-            b + S_MAILBOX + MAILBOX_WORDS * cython.cast(Index, head & (MAILBOX_SIZE - 1))
+            b
+            + S_MAILBOX
+            + MAILBOX_WORDS * cython.cast(Index, head & (MAILBOX_SIZE - 1))
         )
         if self.w32[r + F_VALUE_LEN] < OWNER_SIZE:
             raise Corrupt("handle")

@@ -1,15 +1,26 @@
 """The in-flight table: which worker computes which absent key.
 
-Problem: single flight (``_recipes/single_flight.py``) needs one worker of the host to be
-the one that computes a key, and the others to see when that worker is done, or dead.
+Problem: single flight (``_recipes/single_flight.py``) needs one worker of the host to
+be the one that computes a key, and the others to see when that worker is done, or dead.
 
 Mechanism: each shard has a small open-addressed table of pairs, hash of the key and
 token of the worker, under the shard's lock.  A pair with token 0 is free.
 
 Death in the middle: the token is stored last and cleared first, so a half-written pair
-is a free one.  The pairs of a dead worker name its token, and whoever meets one takes it
-over or frees it.
+is a free one.  The pairs of a dead worker name its token, and whoever meets one takes
+it over or frees it.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if not cython.compiled:
+    from shmcache._engine.constants import IN_FLIGHT, S_IN_FLIGHT, Index, Word
+    from shmcache._engine.steps import Steps
 
 
 @cython.cclass

@@ -1,8 +1,8 @@
 """Lists: hash chains, the LRU ring, free slots and free blocks.
 
 All of them are numbers in fixed arrays: a link names a slot or a block, and 0 names
-none.  Each operation is O(1), but for removing from a hash chain and for runs of several
-blocks, which are O(length).  The caller holds the lock of the shard.
+none.  Each operation is O(1), but for removing from a hash chain and for runs of
+several blocks, which are O(length).  The caller holds the lock of the shard.
 
 Damage: a link that cannot be right raises ``Corrupt`` before anything is changed, so
 that unlinking never spreads damage; the shard is rebuilt then.
@@ -10,6 +10,31 @@ that unlinking never spreads damage; the shard is rebuilt then.
 Death in the middle: any of these lists may be left half changed.  They say nothing that
 the records do not say, and the next holder of the lock rebuilds all of them.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if cython.compiled:
+    from cython.cimports.shmcache._engine.memory import write_fence
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        F_CHAIN,
+        F_HASH,
+        F_LRU_NEXT,
+        F_LRU_PREV,
+        S_BLOCKS_USED,
+        S_FREE_BLOCK,
+        S_FREE_SLOT,
+        S_FRESH_BLOCK,
+        S_FRESH_SLOT,
+        Index,
+        Word,
+    )
+    from shmcache._engine.words import Corrupt, Words
 
 
 @cython.cclass
@@ -53,7 +78,10 @@ class Lists(Words):
         r: Index = 2 * self._record(b, slot)
         before: Index = 2 * self._record(b, self.w32[r + F_LRU_PREV])
         after: Index = 2 * self._record(b, self.w32[r + F_LRU_NEXT])
-        if self.w32[before + F_LRU_NEXT] != slot or self.w32[after + F_LRU_PREV] != slot:
+        if (
+            self.w32[before + F_LRU_NEXT] != slot
+            or self.w32[after + F_LRU_PREV] != slot
+        ):
             # The neighbours do not know this slot.
             raise Corrupt("LRU ring")
         self.w32[before + F_LRU_NEXT] = self.w32[r + F_LRU_NEXT]

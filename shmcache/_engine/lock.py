@@ -4,17 +4,17 @@ Problem: a POSIX semaphore has no owner.  When the process that took it is kille
 stays taken for ever, and nobody can tell whether the data is whole.
 
 Mechanism: the semaphore is only the queue.  The worker that has its permit becomes the
-holder by changing HOLDER from 0 to its token, and only the holder may write.  SEQ is odd
-while it does.  A waiter that sleeps too long looks at the holder: if the kernel has
+holder by changing HOLDER from 0 to its token, and only the holder may write.  SEQ is
+odd while it does.  A waiter that sleeps too long looks at the holder: if the kernel has
 dropped the lock of the holder's worker row, the waiter puts its own token in place of
 the dead one's - so the permit passes on - and rebuilds the shard if SEQ is odd.
 
 Death in the gap between permit and HOLDER, on the way in or out, loses the permit:
-HOLDER is 0 and ACQUISITIONS stands still.  A waiter that sees this twice goes in without
-a permit, and so brings one back when it comes out.  If the old permit turns up after all
-(its taker was only stopped), two processes come with permits; the one that finds HOLDER
-taken drops its own and queues up again.  So exclusion rests on HOLDER alone, and a spare
-permit is harmless.
+HOLDER is 0 and ACQUISITIONS stands still.  A waiter that sees this twice goes in
+without a permit, and so brings one back when it comes out.  If the old permit turns up
+after all (its taker was only stopped), two processes come with permits; the one that
+finds HOLDER taken drops its own and queues up again.  So exclusion rests on HOLDER
+alone, and a spare permit is harmless.
 
 The interpreted engine has no compare-and-swap.  It looks and then stores under a kernel
 lock, which also goes when its owner dies.
@@ -29,10 +29,51 @@ import os
 from array import array
 from threading import get_ident
 from time import monotonic_ns
+from typing import TYPE_CHECKING
 
-from shmcache._format import layout as L
 from shmcache._segment.create import Gone as ClosedView
 from shmcache.errors import LockTimeout, SegmentCorrupt
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if cython.compiled:
+    from cython.cimports.cpython.bytes import PyBytes_AS_STRING
+    from cython.cimports.cpython.exc import PyErr_CheckSignals
+    from cython.cimports.shmcache._engine.memory import (
+        cas,
+        has_left,
+        load,
+        on_exit,
+        pause,
+        sem_close,
+        sem_open,
+        sem_post,
+        sem_try,
+        sem_value,
+        sem_wait,
+    )
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        LOOK_NS,
+        PATIENCE,
+        S_ACQUISITIONS,
+        S_HOLDER,
+        S_LOCK_BUCKETS,
+        S_LOCK_TIMEOUTS,
+        S_LOCK_WAIT_NS,
+        S_LOCK_WAITS,
+        S_RECOVERIES,
+        S_SEQ,
+        SPINS,
+        UNKNOWN,
+        Index,
+        Word,
+    )
+    from shmcache._engine.rebuild import Rebuild
+
 
 if not cython.compiled:
     from signal import SIG_BLOCK, SIG_SETMASK, pthread_sigmask, valid_signals
@@ -338,7 +379,9 @@ class Lock(Rebuild):
                     s,
                     b,
                     holder,
-                    holder == 0 and last_holder == 0 and acquisitions == last_acquisitions,
+                    holder == 0
+                    and last_holder == 0
+                    and acquisitions == last_acquisitions,
                 ):
                     self._count_wait(b, started)
                     return True
@@ -391,8 +434,8 @@ class Lock(Rebuild):
     @cython.cfunc
     @cython.exceptval(-1)
     def _require_open_after_sleep(self, s: Index, got: cython.int) -> cython.int:
-        # Another thread may have closed the cache meanwhile; then the permit, if we have
-        # it, goes back, and the last thread closes the semaphores.
+        # Another thread may have closed the cache meanwhile; then the permit, if we
+        # have it, goes back, and the last thread closes the semaphores.
         if self.guard[0] != self.token:
             if got > 0:
                 self._post(s)
@@ -421,8 +464,8 @@ class Lock(Rebuild):
     def _take_over(
         self, s: Index, b: Index, holder: Word, nobody: cython.bint
     ) -> cython.bint:
-        # Take the lock over from a dead holder; or from nobody, if HOLDER has been empty
-        # and the permit gone for two looks.
+        # Take the lock over from a dead holder; or from nobody, if HOLDER has been
+        # empty and the permit gone for two looks.
         if holder:
             if not self.peers.is_dead(s, holder):
                 return False
@@ -430,7 +473,7 @@ class Lock(Rebuild):
             return False
         if not self._replace_holder(s, b, holder):
             return False
-        self._rebuild_and_log(s, b, holder if holder else UNKNOWN)
+        self._rebuild_and_log(s, b, holder or UNKNOWN)
         return True
 
     @cython.cfunc

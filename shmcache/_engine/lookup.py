@@ -18,6 +18,50 @@ entries, which is one compare-and-swap.
 The interpreted engine has no memory fences, so it takes the lock for every read.
 """
 
+from typing import TYPE_CHECKING
+
+from msgpack import unpackb
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if cython.compiled:
+    from cython.cimports.shmcache._engine.memory import cas, pause
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        ATTEMPTS,
+        BYTES_TAG,
+        CODEC_TAG,
+        COUNTS_AS_USE,
+        F_BLOCK,
+        F_CHAIN,
+        F_CHECKSUM,
+        F_HASH,
+        F_META,
+        F_TTL,
+        F_VALUE_LEN,
+        MASK32,
+        META_KEY,
+        NEVER,
+        R_HITS,
+        R_MISSES,
+        RECENCY,
+        RICH_BYTE,
+        S_HITS,
+        S_MISSES,
+        S_SEQ,
+        V_EXPIRES,
+        WANTS_VALUE,
+        Index,
+        Word,
+    )
+    from shmcache._engine.lock import Lock
+    from shmcache._engine.words import MISSING, MOVED, UNSURE, key_bytes, unpack_ttl
+    from shmcache._format.fields import is_live, make_meta, tag_of
+    from shmcache._format.values import decode_tagged
+
 
 @cython.cclass
 class Lookup(Lock):
@@ -33,6 +77,7 @@ class Lookup(Lock):
         # The value of a key, or True if the value is not wanted; MISSING when absent.
         self._require_joined()
         kb: bytes = key_bytes(key)
+        cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
         if cython.compiled:
             value = self._read_optimistic(s, b, h, kind, kb, mode, False)
@@ -56,7 +101,7 @@ class Lookup(Lock):
         # UNSURE when the lock must tell: the shard is too busy, the entry has expired
         # (and must go), or damage was met.  ``stuck`` says that the writer inside the
         # shard stands still; then an expired entry counts as missing.
-        _attempt: cython.int
+        cython.declare(_attempt=cython.int, slot=Index, version=Word)
         try:
             for _attempt in range(ATTEMPTS):
                 slot, version = self._walk_optimistic(b, h & MASK32, kind, kb, stuck)
@@ -79,7 +124,7 @@ class Lookup(Lock):
     @cython.cfunc
     def _walk_optimistic(
         self, b: Index, h32: Word, kind: cython.uint, kb: bytes, stuck: cython.bint
-    ) -> (Index, Word):
+    ) -> tuple[Index, Word]:
         # The slot of a key and the version that its record had; slot 0 if the key is
         # certainly absent, -1 if this walk cannot tell.
         want: cython.uint = make_meta(len(kb), kind, 0)
@@ -123,8 +168,8 @@ class Lookup(Lock):
         mode: cython.int,
         stuck: cython.bint,
     ) -> object:
-        # What _lookup returns of the entry in a slot; MOVED if it has another version by
-        # now, UNSURE if the lock must tell.
+        # What _lookup returns of the entry in a slot; MOVED if it has another version
+        # by now, UNSURE if the lock must tell.
         v: Index = self._record(b, slot)
         r: Index = 2 * v
         value_len: Index = self.w32[r + F_VALUE_LEN]

@@ -3,14 +3,36 @@
 Problem: any process may evict the entry of a handle, but only its owner can close it.
 
 Mechanism: each shard has a ring of messages (token of the owner, number of the handle,
-cause).  ``_unlink`` posts one under the lock (``_post_message`` in ``entries.py``); each
-owner reads on from where it was, without the lock.  A reader that the ring has overtaken
-is told that messages are lost, and compares its handles with the map.
+cause).  ``_unlink`` posts one under the lock (``_post_message`` in ``entries.py``);
+each owner reads on from where it was, without the lock.  A reader that the ring has
+overtaken is told that messages are lost, and compares its handles with the map.
 
 Death in the middle: the head is stored after the message, so no half-written message is
 read.  A death between unlinking and posting leaves SEQ odd, and the rebuild moves the
 head by more than one turn of the ring: every owner finds that messages are lost.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        COUNTS_AS_USE,
+        MAILBOX_SIZE,
+        MAILBOX_WORDS,
+        MASK32,
+        OWNER_SIZE,
+        S_MAILBOX,
+        S_MAILBOX_HEAD,
+        Index,
+        Word,
+    )
+    from shmcache._engine.in_flight import InFlight
+    from shmcache._engine.words import MISSING, Corrupt, key_bytes, word_of
 
 
 @cython.cclass
@@ -18,7 +40,8 @@ class Mailbox(InFlight):
     """What ``HandleMap`` needs of the engine."""
 
     def _read_mailbox(self, s: int, since: int) -> object:
-        """Read the messages of a shard from a number on, without the lock.  O(messages).
+        """Read the messages of a shard from a number on, without the lock.
+        O(messages).
 
         Returns:
             The number of the next message, and a flat list of token, number and cause
@@ -34,7 +57,11 @@ class Mailbox(InFlight):
         if head - first >= MAILBOX_SIZE or head < first:
             return head, None
         while n < head:
-            at = b + S_MAILBOX + MAILBOX_WORDS * cython.cast(Index, n & (MAILBOX_SIZE - 1))
+            at = (
+                b
+                + S_MAILBOX
+                + MAILBOX_WORDS * cython.cast(Index, n & (MAILBOX_SIZE - 1))
+            )
             out += (self.w64[at], self.w64[at + 1], self.w64[at + 2])
             n += 1
         self._read_fence()
@@ -60,6 +87,7 @@ class Mailbox(InFlight):
         """
         self._require_joined()
         kb: bytes = key_bytes(key)
+        cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
         now: Word = self._now()
         data: bytes

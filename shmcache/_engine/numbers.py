@@ -8,11 +8,40 @@ published like any other.
 """
 
 import struct
+from typing import TYPE_CHECKING
 
 from shmcache.errors import UnsupportedValue
 
-PACKED_INT = struct.Struct("<q")
-PACKED_FLOAT = struct.Struct("<d")
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if cython.compiled:
+    from cython.cimports.cpython.bytes import (
+        PyBytes_AS_STRING,
+        PyBytes_FromStringAndSize,
+    )
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        F_META,
+        F_STAMP,
+        F_TTL,
+        FLOAT_TAG,
+        INT_TAG,
+        MASK32,
+        NEVER,
+        REPLACED,
+        S_GONE,
+        S_SETS,
+        V_EXPIRES,
+        Index,
+        Word,
+    )
+    from shmcache._engine.mailbox import Mailbox
+    from shmcache._engine.words import key_bytes, pack_ttl, unpack_ttl
+    from shmcache._format.fields import tag_of
+    from shmcache._format.values import FLOAT64, INT64
 
 
 @cython.cfunc
@@ -51,9 +80,9 @@ def number_bytes(number: object) -> object:
             cython.cast("const char *", cython.address(word)), 8
         )
     if type(number) is float:
-        return PACKED_FLOAT.pack(number)
+        return FLOAT64.pack(number)
     try:
-        return PACKED_INT.pack(number)
+        return INT64.pack(number)
     except struct.error:
         return None
 
@@ -69,7 +98,7 @@ def number_of(data: bytes, tag: cython.uint) -> object:
         return cython.cast(
             cython.p_double, cython.cast(cython.p_void, PyBytes_AS_STRING(data))
         )[0]
-    return (PACKED_INT if tag == INT_TAG else PACKED_FLOAT).unpack(data)[0]
+    return (INT64 if tag == INT_TAG else FLOAT64).unpack(data)[0]
 
 
 @cython.cclass
@@ -82,6 +111,7 @@ class Numbers(Mailbox):
         self._require_joined()
         self._require_numbers(delta, initial)
         kb: bytes = key_bytes(key)
+        cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
         if cython.compiled:
             self._fetch_record(b, h & MASK32)

@@ -1,15 +1,40 @@
 """Operations: the engine's last part, with the public methods of a cache that are hot.
 
 ``Cache`` in ``shmcache/cache.py`` is a subclass of ``Engine``; it adds what a call can
-afford to do in Python: settings, coming and going, iteration, single flight, statistics.
+afford to do in Python: settings, coming and going, iteration, single flight,
+statistics.
 """
 
 import functools
+import sys
 from array import array
 from threading import get_ident
+from typing import TYPE_CHECKING
 
 from shmcache._arguments import Ttl
 from shmcache._format import layout as L
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        ADD,
+        ANY,
+        CAS,
+        COUNTS_AS_USE,
+        NEVER,
+        REPLACE,
+        S_HOLDER,
+        S_SEQ,
+        WANTS_VALUE,
+        Word,
+    )
+    from shmcache._engine.numbers import Numbers
+    from shmcache._engine.words import MISSING
+
 
 compiled: bool = cython.compiled
 
@@ -146,7 +171,8 @@ class Engine(Numbers):
     def set(self, key: object, value: object, ttl: Ttl = ...) -> None:
         """Store a value, in place of the key's former one if there is one.  O(1).
 
-        A full cache gives up what has expired, and then its least recently used entries.
+        A full cache gives up what has expired, and then its least recently used
+        entries.
 
         Args:
             key: A str, bytes, int or tuple of these.
@@ -248,7 +274,7 @@ class Engine(Numbers):
         """Subtract from a number: ``incr`` with ``-delta``.  O(1)."""
         if type(delta) is int or type(delta) is float:
             delta = -delta
-        return self._add(key, delta, initial, ttl)
+        return self.incr(key, delta, initial=initial, ttl=ttl)
 
     # --- removing -------------------------------------------------------------------
 
@@ -284,9 +310,9 @@ class Engine(Numbers):
         return value
 
 
-# Interpreted, an exception out of a signal handler may strike between any two bytecodes,
-# and so also between taking the lock and the ``try`` that would give it back.  The
-# outermost call of a thread therefore looks for what it still holds.
+# Interpreted, an exception out of a signal handler may strike between any two
+# bytecodes, and so also between taking the lock and the ``try`` that would give it
+# back.  The outermost call of a thread therefore looks for what it still holds.
 
 if not cython.compiled:
     # What is raised where words, semaphores or lock file have gone.

@@ -5,9 +5,9 @@ that makes no sense.  The lists may be in any state.
 
 Mechanism: the live records are the truth.  Each is examined (lengths, blocks that no
 other record has, hash of the key, checksum of the value) and given up if it is damaged;
-then all lists and counts are written anew from the others.  The order of the LRU ring is
-kept as far as its links hold, from both ends; entries that neither walk reached go to
-the end that is evicted first.
+then all lists and counts are written anew from the others.  The order of the LRU ring
+is kept as far as its links hold, from both ends; entries that neither walk reached go
+to the end that is evicted first.
 
 Death in the middle: until the lists are written, only the versions of damaged records
 are changed, and the next rebuild derives the lists again.  The ring is laid from the
@@ -18,6 +18,75 @@ The caller holds the lock, and has switched the garbage collector off: this allo
 """
 
 from array import array
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        CAPACITY,
+        CAUSES,
+        EXPIRED,
+        F_BLOCK,
+        F_CHECKSUM,
+        F_HASH,
+        F_LRU_NEXT,
+        F_LRU_PREV,
+        F_META,
+        F_TTL,
+        F_VALUE_LEN,
+        F_WHEEL_NEXT,
+        F_WHEEL_PREV,
+        IN_FLIGHT,
+        LAST_KIND,
+        LAST_TAG,
+        MAILBOX_SIZE,
+        MASK32,
+        MAX_EXPIRES,
+        MAX_VERSION,
+        META_KNOWN,
+        NEVER,
+        ROWS,
+        S_ACQUISITIONS,
+        S_BLOCKS_USED,
+        S_COUNTERS,
+        S_COUNTERS_END,
+        S_DROPPED,
+        S_DUE,
+        S_ENTRIES,
+        S_FREE_BLOCK,
+        S_FREE_SLOT,
+        S_FRESH_BLOCK,
+        S_FRESH_SLOT,
+        S_GONE,
+        S_IN_FLIGHT,
+        S_MAILBOX_HEAD,
+        S_SEQUENCE,
+        S_TICK,
+        S_UNREAD,
+        S_WHEEL_BITS,
+        S_WHEEL_HEADS,
+        STR_KEY,
+        V_EXPIRES,
+        WHEEL_LEVELS,
+        Index,
+        Word,
+    )
+    from shmcache._engine.entries import Entries
+    from shmcache._engine.words import pack_ttl, unpack_ttl
+    from shmcache._format.fields import (
+        generation_of,
+        is_live,
+        key_len_of,
+        kind_of,
+        row_of,
+        sequence_of,
+        shard_of,
+        tag_of,
+    )
 
 
 @cython.cclass
@@ -47,9 +116,9 @@ class Rebuild(Entries):
     @cython.cfunc
     @cython.exceptval(-1)
     def _rebuild(self, b: Index) -> Index:
-        # Rebuild a shard; returns how many entries were given up.
-        # The time of the wheel.  A user's clock is Python code, so it is not asked now; a
-        # wheel in the past turns by itself, while one in the future would not.
+        # Rebuild a shard; returns how many entries were given up.  The time of the
+        # wheel.  A user's clock is Python code, so it is not asked now; a wheel in the
+        # past turns by itself, while one in the future would not.
         seen: Examined = Examined(
             self.slots, self.blocks, self._now() if self.clock is None else 0
         )
@@ -230,8 +299,9 @@ class Rebuild(Entries):
     @cython.cfunc
     @cython.exceptval(-1)
     def _empty_lists(self, b: Index) -> cython.int:
-        # Empty the hash chains and the wheel.  Safe, because SEQ is odd: readers take no
-        # "not found" for an answer now, and after a death the lists are emptied again.
+        # Empty the hash chains and the wheel.  Safe, because SEQ is odd: readers take
+        # no "not found" for an answer now, and after a death the lists are emptied
+        # again.
         i: Index
         for i in range(self.slots):
             self.w32[2 * b + self.buckets4 + i] = 0
@@ -247,8 +317,8 @@ class Rebuild(Entries):
     @cython.cfunc
     @cython.exceptval(-1)
     def _readmit(self, b: Index, seen: Examined) -> cython.int:
-        # Enter the sound records into hash chains and wheel.  Of two records of one key,
-        # whose overwrite was under way, the newer one counts.
+        # Enter the sound records into hash chains and wheel.  Of two records of one
+        # key, whose overwrite was under way, the newer one counts.
         capacity: Word = self.capacity[(b - self.shards8) // self.stride8]
         used: Index = 0
         entries: Word = 0

@@ -15,6 +15,27 @@ else.  A ring that is half changed is rebuilt by the next holder of the lock.
 """
 
 from array import array
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if cython.compiled:
+    from cython.cimports.shmcache._engine.memory import prefetch
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        F_LRU_NEXT,
+        F_LRU_PREV,
+        F_META,
+        META_FETCHED,
+        RECENCY,
+        RECENCY_SIZE,
+        Index,
+        Word,
+    )
+    from shmcache._engine.lists import Lists
 
 
 def recency_buffers(shards: int) -> object:
@@ -27,8 +48,8 @@ def recency_buffers(shards: int) -> object:
         shards: How many shards the segment has.
 
     Returns:
-        Three views: slots and versions (``RECENCY_SIZE`` for each shard), and the number
-        of those in use (one for each shard).
+        Three views: slots and versions (``RECENCY_SIZE`` for each shard), and the
+        number of those in use (one for each shard).
     """
     return (
         memoryview(array("I", bytes(4 * RECENCY_SIZE * shards))),
@@ -93,7 +114,8 @@ class Recency(Lists):
                 self._use(b, slot)
         return 0
 
-    # Lines of the slab that will be needed soon are asked for while there is other work.
+    # Lines of the slab that will be needed soon are asked for while there is other
+    # work.
 
     @cython.cfunc
     @cython.inline

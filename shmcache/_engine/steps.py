@@ -1,10 +1,42 @@
 """Steps: pieces of long work, each a short hold of one lock.
 
-Sweeping, iteration and clearing may concern millions of entries.  ``Cache`` does them in
-steps of some dozens, so that others get their turn in between.
+Sweeping, iteration and clearing may concern millions of entries.  ``Cache`` does them
+in steps of some dozens, so that others get their turn in between.
 
 Death in the middle: between two steps a shard is as after any other operation.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if cython.compiled:
+    from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        CLEARED,
+        DELETED,
+        EXPIRED,
+        F_BLOCK,
+        F_CHAIN,
+        F_HASH,
+        F_LRU_PREV,
+        F_META,
+        F_STAMP,
+        S_DUE,
+        S_ENTRIES,
+        S_HOLDER,
+        S_SEQ,
+        V_EXPIRES,
+        Index,
+        Word,
+    )
+    from shmcache._engine.words import Corrupt, key_bytes
+    from shmcache._engine.writes import Writes
+    from shmcache._format.fields import key_len_of, kind_of, tag_of
 
 
 @cython.cclass
@@ -22,12 +54,13 @@ class Steps(Writes):
             How many went; -1 if no more are due.
         """
         now: Word = self._now()
-        b: Index = self._base(s)
+        shard: Index = s
+        b: Index = self._base(shard)
         removed: Index = 0
         due: Word
         self._begin(s, b)
         try:
-            if self.w64[b + S_ENTRIES] > self.capacity[s]:
+            if self.w64[b + S_ENTRIES] > self.capacity[shard]:
                 raise Corrupt("entries")
             due = self.w64[b + S_DUE]
             if limit and due and now >= due:
@@ -56,8 +89,8 @@ class Steps(Writes):
     def _scan(self, s: int, bucket: int, limit: int, values: bool) -> object:
         """Copy about ``limit`` live entries of a shard, from a bucket on.
 
-        Buckets are the stable order: an entry that is overwritten moves to another slot,
-        but never to another bucket.
+        Buckets are the stable order: an entry that is overwritten moves to another
+        slot, but never to another bucket.
 
         Returns:
             The next bucket, or -1 at the end; and a flat list of meta, key bytes, value
@@ -239,7 +272,8 @@ class Steps(Writes):
     def _key_hash(self, key: object) -> object:
         """Hash and shard of a key."""
         kb: bytes = key_bytes(key)
-        _, h, s, _ = self._place(key, kb)
+        cython.declare(_kind=cython.uint, h=Word, s=Index, _b=Index)
+        _kind, h, s, _b = self._place(key, kb)
         return h, s
 
     def _log_evictions(self, on: bool) -> None:

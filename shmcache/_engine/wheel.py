@@ -3,18 +3,45 @@
 Problem: a sweep must cost O(expired), however many entries are alive.
 
 Mechanism: a hierarchical wheel (Varghese and Lauck 1987; levels are chosen by the
-highest differing bit, as Kafka and tokio do).  Time is counted in ticks of 2**20 ns.  An
-entry that is due at tick t lies at level l, where l is the highest 6-bit digit in which
-t differs from the wheel's own tick, in the list of t's digit at that level.  So all of
-level l is due before all of level l + 1, one word of bits finds the first list of a
-level, and an entry moves at most six times in its life.  The list of the current tick
-may hold entries that are due a moment later; they stay in it.
+highest differing bit, as Kafka and tokio do).  Time is counted in ticks of 2**20 ns.
+An entry that is due at tick t lies at level l, where l is the highest 6-bit digit in
+which t differs from the wheel's own tick, in the list of t's digit at that level.  So
+all of level l is due before all of level l + 1, one word of bits finds the first list
+of a level, and an entry moves at most six times in its life.  The list of the current
+tick may hold entries that are due a moment later; they stay in it.
 
 A reader of a sliding cache moves ``expires`` forward without the lock and leaves the
 entry where it is: when the entry is met too early, it is entered anew.
 
 Death in the middle: the rebuild enters every live record anew.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if cython.compiled:
+    from cython.cimports.shmcache._engine.memory import lowest_bit
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        F_WHEEL_NEXT,
+        F_WHEEL_PREV,
+        NEVER,
+        S_DUE,
+        S_TICK,
+        S_WHEEL_BITS,
+        S_WHEEL_HEADS,
+        WHEEL_FIRST,
+        WHEEL_LEVELS,
+        WHEEL_TICK_BITS,
+        Index,
+        Word,
+    )
+    from shmcache._engine.recency import Recency
+    from shmcache._engine.words import Corrupt
 
 
 @cython.cclass

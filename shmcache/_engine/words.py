@@ -17,48 +17,55 @@ Death in the middle: nothing here changes the segment but ``_copy_in``, which fi
 blocks that no entry has yet.
 """
 
-import math
 import sys
 from array import array
 from time import monotonic_ns
+from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_intdigest
 
 from shmcache._arguments import ttl_to_ns
 from shmcache._format import layout as L
 
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
 if cython.compiled:
     from cython.cimports.cpython.bytes import (
         PyBytes_AS_STRING,
         PyBytes_FromStringAndSize,
     )
-    from cython.cimports.cpython.exc import PyErr_CheckSignals
-    from cython.cimports.libc.math import nearbyint
     from cython.cimports.cpython.unicode import PyUnicode_AsUTF8String
+    from cython.cimports.libc.math import nearbyint
     from cython.cimports.shmcache._engine.memory import (
         CHECKSUMS,
-        cas,
         checksum,
-        has_left,
         load,
-        lowest_bit,
         memcmp,
         memcpy,
         now_ns,
-        on_exit,
-        pause,
-        prefetch,
         read_fence,
-        sem_close,
-        sem_open,
-        sem_post,
-        sem_try,
-        sem_value,
-        sem_wait,
         store,
         write_fence,
         xxh3,
     )
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        BYTES_KEY,
+        LONGEST_TTL,
+        MASK32,
+        MASK64,
+        STAMP_SHIFT,
+        STR_KEY,
+        TTL_VALUE,
+        XXH3_MAX,
+        Index,
+        Word,
+    )
+    from shmcache._format.fields import bucket_of, shard_of
+    from shmcache._format.keys import encode_key
 
 
 class Missing:
@@ -264,7 +271,7 @@ class Words:
 
     @cython.cfunc
     @cython.inline
-    def _place(self, key: object, kb: bytes) -> (cython.uint, Word, Index, Index):
+    def _place(self, key: object, kb: bytes) -> tuple[cython.uint, Word, Index, Index]:
         # Kind and hash of a key, and the shard that it belongs to.
         kind: cython.uint = key_kind(key)
         h: Word = self._hash(kb, kind)
@@ -393,8 +400,8 @@ class Words:
 
     @cython.cfunc
     def _copy_out(self, b: Index, block: Index, offset: Index, n: Index) -> bytes:
-        # Bytes of a run of blocks.  A reader without the lock may get garbage, but every
-        # index is checked, and n, which the caller has checked, bounds the walk.
+        # Bytes of a run of blocks.  A reader without the lock may get garbage, but
+        # every index is checked, and n, which the caller has checked, bounds the walk.
         at: Index
         done: Index = 0
         cython.declare(piece=Index, following=Index)

@@ -1,14 +1,47 @@
 """Writes: storing, removing and renewing one entry, each a short hold of one lock.
 
 Everything that can be refused is refused, and everything that runs Python code is done
-(encoding the value, asking a user's clock), before the lock is taken.  Each function has
-the same shape: ``_begin``, the work in a ``try`` whose failure goes to ``_abort``, and
-``_end``.
+(encoding the value, asking a user's clock), before the lock is taken.  Each function
+has the same shape: ``_begin``, the work in a ``try`` whose failure goes to ``_abort``,
+and ``_end``.
 
 Death in the middle: see ``entries.py`` for the order of stores.
 """
 
+from typing import TYPE_CHECKING
+
 from shmcache.errors import EntryTooLarge
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        ADD,
+        ANY,
+        BYTES_TAG,
+        CAS,
+        DELETED,
+        EXPIRED_PER_INSERT,
+        F_META,
+        F_TTL,
+        LONGEST_KEY,
+        MASK32,
+        MASK64,
+        NEVER,
+        REPLACE,
+        S_DUE,
+        S_TOO_LARGE,
+        V_EXPIRES,
+        Index,
+        Word,
+    )
+    from shmcache._engine.lookup import Lookup
+    from shmcache._engine.words import MISSING, key_bytes, pack_ttl, ttl_ns
+    from shmcache._format.fields import tag_of
+    from shmcache._format.values import decode_tagged
 
 
 @cython.cclass
@@ -68,7 +101,9 @@ class Writes(Lookup):
 
     @cython.cfunc
     @cython.exceptval(-1)
-    def _refuse(self, s: Index, b: Index, key_len: Index, value_len: Index) -> cython.int:
+    def _refuse(
+        self, s: Index, b: Index, key_len: Index, value_len: Index
+    ) -> cython.int:
         self._begin(s, b)
         self._count(b + S_TOO_LARGE, 1)
         self._end(s, b)
@@ -100,6 +135,7 @@ class Writes(Lookup):
         # ``token``: for CAS, the version that the entry must have.
         self._require_joined()
         kb: bytes = key_bytes(key)
+        cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
         if cython.compiled:
             self._fetch_record(b, h & MASK32)
@@ -143,6 +179,7 @@ class Writes(Lookup):
         # Remove an entry; returns its value (True if it is not wanted), or MISSING.
         self._require_joined()
         kb: bytes = key_bytes(key)
+        cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
         if cython.compiled:
             self._fetch_record(b, h & MASK32)
@@ -172,6 +209,7 @@ class Writes(Lookup):
         # Give an entry a new time to live, which is a use, too; whether it was there.
         self._require_joined()
         kb: bytes = key_bytes(key)
+        cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
         if cython.compiled:
             self._fetch_record(b, h & MASK32)
@@ -200,6 +238,7 @@ class Writes(Lookup):
         # Value and version of a key, which count as a use; (None, None) when absent.
         self._require_joined()
         kb: bytes = key_bytes(key)
+        cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
         if cython.compiled:
             self._fetch_record(b, h & MASK32)
@@ -230,6 +269,7 @@ class Writes(Lookup):
         # When an entry expires (ns, or NEVER); 0 when it is absent.
         self._require_joined()
         kb: bytes = key_bytes(key)
+        cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
         expires: Word = 0
         slot: Index
