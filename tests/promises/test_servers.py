@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/shm and /proc"),
 ]
 
-APPS = Path(__file__).parent / "apps"
+APPS = Path(__file__).parent.parent / "apps"
 PATIENCE = 60  # s; only a failing test waits so long
 SHM = "/dev/shm"
 
