@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
+from amounts import MODEL_EXAMPLES
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from conftest import Clock
 
-EXAMPLES = 60 if shmcache.compiled else 30
 STEPS = 50
 
 LEFT_OUT: Any = ...
@@ -642,4 +642,4 @@ def test_cache_agrees_with_the_model(
     checker: None,
 ) -> None:
     """Whatever the history, every result is the model's, and the segment is sound."""
-    run(machine, new_name, type(clock), EXAMPLES)
+    run(machine, new_name, type(clock), MODEL_EXAMPLES)
