@@ -36,6 +36,9 @@ import shmcache
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
+# What fails in a rig is explained as in a test.
+pytest.register_assert_rewrite("model", "peers", "servers", "worker_app")
+
 ROOT = Path(__file__).resolve().parent.parent
 PURE = ROOT / "tests" / "pure"
 SHM = Path("/dev/shm")

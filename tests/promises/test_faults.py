@@ -44,7 +44,7 @@ from amounts import (
     offset,
 )
 from crash_rig import SCENARIOS, Clock, Keys
-from test_processes import (
+from peers import (
     PATIENCE,
     SHM,
     Peer,

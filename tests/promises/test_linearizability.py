@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from amounts import HISTORIES
-from test_processes import PATIENCE, run_and_end
+from peers import PATIENCE, run_and_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
