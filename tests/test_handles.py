@@ -22,7 +22,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_processes import PATIENCE, Peer, names_of
+from peers import PATIENCE, Peer, names_of
 
 import shmcache
 from shmcache import Cause, HandleMap

@@ -33,7 +33,11 @@ def repeats(path: Path) -> bool:
     return not marks or not re.search(r"\bmark\.(once|servers)\b", marks[0])
 
 
-MODULES = [path.name for path in sorted(HERE.glob("test_*.py")) if repeats(path)]
+MODULES = [
+    path.relative_to(HERE).as_posix()
+    for path in sorted(HERE.rglob("test_*.py"))
+    if repeats(path)
+]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import posix_ipc
 import pytest
-from test_processes import PATIENCE, SHM, Peer, names_of
+from peers import PATIENCE, SHM, Peer, names_of
 
 from shmcache import Cache, HandleMap, cli
 from shmcache._format import layout as L

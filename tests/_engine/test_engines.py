@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from hypothesis.stateful import invariant
-from test_model import OneShard, run
+from model import OneShard, run
 
 import shmcache
 from shmcache import Cache
