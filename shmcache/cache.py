@@ -1,6 +1,7 @@
 """The public face: one bounded LRU + TTL map, shared by the processes of a host.
 
-What must be fast is in ``_engine/operations.py``, whose class is the base of ``Cache``; here is what
+The hot methods - ``get``, ``set``, ``add``, ``incr``, ``delete`` and others - stand in
+``_engine/operations.py``, whose class is the base of ``Cache``; here is what
 a call can afford: settings, life, iteration, single flight, statistics.
 """
 
@@ -25,7 +26,7 @@ from collections.abc import (
     ValuesView,
 )
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from shmcache._arguments import (
     check_budget,
@@ -56,17 +57,11 @@ from shmcache._segment.create import Names, Settings
 from shmcache.errors import (
     CacheClosed,
     ConfigMismatch,
-    ReentrantCall,
-    SegmentCorrupt,
     SegmentNotFound,
     UnsupportedKey,
     UnsupportedPlatform,
 )
 from shmcache.stats import Stats
-
-if TYPE_CHECKING:
-    from types import FrameType
-
 
 log = logging.getLogger("shmcache")
 

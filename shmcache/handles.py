@@ -309,7 +309,8 @@ class HandleMap:
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called in this process."""
-        return self._registry.closed
+        closed: bool = self._registry.closed
+        return closed
 
     def _shared(self, local: _Local, key: Any) -> bytes:
         # Of the bytes kind, whose encoding costs nothing.
@@ -367,7 +368,9 @@ class HandleMap:
         # Of what has gone nobody knows the cause any more; most often it is the bound.
         registry = self._registry
         with local.lock:
-            heads = [registry._read_mailbox(shard, 0)[0] for shard in range(len(local.read))]
+            heads = [
+                registry._read_mailbox(shard, 0)[0] for shard in range(len(local.read))
+            ]
             for record in list(local.numbers.values()):
                 entry = registry.peek(record.shared, MISSING)
                 if entry is MISSING or entry[1] != record.number:
@@ -837,7 +840,9 @@ class HandleMap:
             entry = self._registry.peek(record.shared, MISSING)
             if entry is not MISSING and entry[1] == record.number:
                 continue
-            told = [self._registry._read_mailbox(s, at)[0] for s, at in enumerate(heads)]
+            told = [
+                self._registry._read_mailbox(s, at)[0] for s, at in enumerate(heads)
+            ]
             if told == heads and (entry is not MISSING or not self._expires(record)):
                 findings.append(
                     f"handle {record.key!r} is open, and its entry has gone without"

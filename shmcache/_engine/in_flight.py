@@ -11,7 +11,7 @@ is a free one.  The pairs of a dead worker name its token, and whoever meets one
 it over or frees it.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import cython
@@ -91,7 +91,7 @@ class InFlight(Steps):
         self._end(s, b)
         return 0
 
-    def _fliers(self, s: int) -> object:
+    def _fliers(self, s: int) -> Any:
         """The set of tokens in the table of a shard; it looks without the lock."""
         b: Index = self._base(s)
         i: Index

@@ -1,4 +1,4 @@
-"""The interpreted engine: the parts imported as they are, under the compiled's names."""
+"""The interpreted engine: the same names as ``compiled``, imported from the parts."""
 
 from shmcache._engine.lock import close_semaphores, leave_on_exit, left_before_exit
 from shmcache._engine.operations import Engine, compiled

@@ -29,7 +29,7 @@ import os
 from array import array
 from threading import get_ident
 from time import monotonic_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shmcache._segment.create import Gone as ClosedView
 from shmcache.errors import LockTimeout, SegmentCorrupt
@@ -84,7 +84,7 @@ if not cython.compiled:
     ALL_SIGNALS = valid_signals()
 
 
-def close_semaphores(opened: object) -> None:
+def close_semaphores(opened: Any) -> None:
     """Close what ``_open_semaphores`` returned.  A second call does nothing."""
     if cython.compiled:
         i: Index
@@ -102,7 +102,7 @@ def close_semaphores(opened: object) -> None:
             pass  # none is left, whoever else closed them
 
 
-def leave_on_exit(lock_file: int, rows: int, count: int, paths: object) -> int:
+def leave_on_exit(lock_file: int, rows: int, count: int, paths: Any) -> int:
     """Have this process leave a segment when it calls C's ``exit``.
 
     Servers that fork in C end some processes without finalizing Python.  The last
@@ -135,19 +135,19 @@ class Lock(Rebuild):
     """Taking and giving back the lock of a shard, and taking over from the dead."""
 
     sems: cython.ulonglong[::1]  # compiled: addresses, 0 for a closed one
-    pysems: object  # interpreted: posix_ipc's objects
-    opened: object  # whichever of the two is used, for close_semaphores
+    pysems: Any  # interpreted: posix_ipc's objects
+    opened: Any  # whichever of the two is used, for close_semaphores
     waiting: cython.int  # compiled: threads of this process that sleep on a semaphore
     inside: dict  # interpreted: threads that use a semaphore, and of which shard
-    owners: object  # interpreted: shard -> the thread that holds its lock
+    owners: Any  # interpreted: shard -> the thread that holds its lock
     lock_timeout: Word  # ns
     lock_bounds: cython.ulonglong[::1]  # of the histogram, in ns
     random: Word
-    repair_log: object  # what _rebuild_and_log has noted for peers.report
+    repair_log: Any  # what _rebuild_and_log has noted for peers.report
 
     # --- coming and going of a cache ------------------------------------------------
 
-    def _open_semaphores(self, names: object) -> object:
+    def _open_semaphores(self, names: Any) -> Any:
         """Open the semaphores of the shards, which exist.
 
         Args:
@@ -183,9 +183,7 @@ class Lock(Rebuild):
             return
         close_semaphores(self.opened)
 
-    def _join(
-        self, guard: object, token: int, row: int, seed: int, owners: object
-    ) -> None:
+    def _join(self, guard: Any, token: int, row: int, seed: int, owners: Any) -> None:
         """Act from now on as the worker with this token and row."""
         self.guard = guard
         self.owners = owners
@@ -250,7 +248,7 @@ class Lock(Rebuild):
 
     @cython.cfunc
     @cython.exceptval(-1)
-    def _abort(self, s: Index, b: Index, error: object) -> cython.int:
+    def _abort(self, s: Index, b: Index, error: Any) -> cython.int:
         # Leave the write section after an exception.  If that was damage (an index out
         # of bounds, or a number that an interpreted view cannot hold), it becomes
         # SegmentCorrupt.
@@ -538,7 +536,6 @@ class Lock(Rebuild):
         evictions: list = self.evicted_log
         self.evicted_log = []
         self.has_news = False
-        i: Index
         self.peers.report(
             repairs,
             [

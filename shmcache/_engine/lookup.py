@@ -18,7 +18,7 @@ entries, which is one compare-and-swap.
 The interpreted engine has no memory fences, so it takes the lock for every read.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgpack import unpackb
 
@@ -67,13 +67,13 @@ if not cython.compiled:
 class Lookup(Lock):
     """Reading one entry."""
 
-    codec: object
-    decode: object
+    codec: Any
+    decode: Any
     fast_unpack: cython.bint  # plain values can go to msgpack directly
     sliding: cython.bint
 
     @cython.cfunc
-    def _lookup(self, key: object, mode: cython.int) -> object:
+    def _lookup(self, key: Any, mode: cython.int) -> Any:
         # The value of a key, or True if the value is not wanted; MISSING when absent.
         self._require_joined()
         kb: bytes = key_bytes(key)
@@ -97,7 +97,7 @@ class Lookup(Lock):
         kb: bytes,
         mode: cython.int,
         stuck: cython.bint,
-    ) -> object:
+    ) -> Any:
         # UNSURE when the lock must tell: the shard is too busy, the entry has expired
         # (and must go), or damage was met.  ``stuck`` says that the writer inside the
         # shard stands still; then an expired entry counts as missing.
@@ -167,7 +167,7 @@ class Lookup(Lock):
         version: Word,
         mode: cython.int,
         stuck: cython.bint,
-    ) -> object:
+    ) -> Any:
         # What _lookup returns of the entry in a slot; MOVED if it has another version
         # by now, UNSURE if the lock must tell.
         v: Index = self._record(b, slot)
@@ -205,7 +205,7 @@ class Lookup(Lock):
         return decode_tagged(self.codec, tag, data)
 
     @cython.cfunc
-    def _decode(self, data: bytes) -> object:
+    def _decode(self, data: bytes) -> Any:
         # Most values go to msgpack without a detour.
         if self.fast_unpack and len(data) and data[0] != RICH_BYTE:
             try:
@@ -272,7 +272,7 @@ class Lookup(Lock):
         kind: cython.uint,
         kb: bytes,
         mode: cython.int,
-    ) -> object:
+    ) -> Any:
         # The same as _read_optimistic, but it can always tell.
         now: Word = self._now()
         data: bytes = b""

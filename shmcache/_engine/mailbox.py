@@ -12,7 +12,7 @@ read.  A death between unlinking and posting leaves SEQ odd, and the rebuild mov
 head by more than one turn of the ring: every owner finds that messages are lost.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import cython
@@ -39,8 +39,9 @@ if not cython.compiled:
 class Mailbox(InFlight):
     """What ``HandleMap`` needs of the engine."""
 
-    def _read_mailbox(self, s: int, since: int) -> object:
+    def _read_mailbox(self, s: int, since: int) -> Any:
         """Read the messages of a shard from a number on, without the lock.
+
         O(messages).
 
         Returns:
@@ -69,11 +70,11 @@ class Mailbox(InFlight):
             return head, None
         return head, out
 
-    def _renew(self, key: object) -> bool:
+    def _renew(self, key: Any) -> bool:
         """Use an entry without reading its value; whether it is there.  O(1)."""
         return self._lookup(key, COUNTS_AS_USE) is not MISSING
 
-    def _discard(self, key: object, owner: int, number: int, cause: int) -> bool:
+    def _discard(self, key: Any, owner: int, number: int, cause: int) -> bool:
         """Remove the entry of a handle if it belongs to this owner.  O(1).
 
         Args:

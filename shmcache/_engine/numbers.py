@@ -8,7 +8,7 @@ published like any other.
 """
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shmcache.errors import UnsupportedValue
 
@@ -46,7 +46,7 @@ if not cython.compiled:
 
 @cython.cfunc
 @cython.exceptval(-1)
-def is_far(number: object) -> cython.bint:
+def is_far(number: Any) -> cython.bint:
     # Whether an int has more than 64 bits: no sum of it and a 64-bit int fits into 64.
     if type(number) is not int:
         return False
@@ -62,7 +62,7 @@ def is_far(number: object) -> cython.bint:
 
 
 @cython.cfunc
-def number_bytes(number: object) -> object:
+def number_bytes(number: Any) -> Any:
     # Eight bytes of an int or float; None for an int that needs more.
     if cython.compiled:
         word: cython.longlong
@@ -88,7 +88,7 @@ def number_bytes(number: object) -> object:
 
 
 @cython.cfunc
-def number_of(data: bytes, tag: cython.uint) -> object:
+def number_of(data: bytes, tag: cython.uint) -> Any:
     # The reverse.
     if cython.compiled:
         if tag == INT_TAG:
@@ -106,7 +106,7 @@ class Numbers(Mailbox):
     """Adding to a number."""
 
     @cython.cfunc
-    def _add(self, key: object, delta: object, initial: object, ttl: object) -> object:
+    def _add(self, key: Any, delta: Any, initial: Any, ttl: Any) -> Any:
         # Add to a number, and return the sum: see incr in operations.py.
         self._require_joined()
         self._require_numbers(delta, initial)
@@ -142,7 +142,7 @@ class Numbers(Mailbox):
             self._refuse_number(key, slot, number)
         return number
 
-    def _require_numbers(self, delta: object, initial: object) -> None:
+    def _require_numbers(self, delta: Any, initial: Any) -> None:
         if self.raw_only:
             raise UnsupportedValue(
                 'codec "raw" holds bytes only, so incr() has no number to add to;'
@@ -160,7 +160,7 @@ class Numbers(Mailbox):
                 " use smaller numbers"
             )
 
-    def _refuse_number(self, key: object, slot: int, number: object) -> None:
+    def _refuse_number(self, key: Any, slot: int, number: Any) -> None:
         if number is None:
             if slot == 0:
                 raise KeyError(key)
@@ -173,7 +173,7 @@ class Numbers(Mailbox):
         )
 
     @cython.cfunc
-    def _number_at(self, b: Index, slot: Index, h: Word) -> object:
+    def _number_at(self, b: Index, slot: Index, h: Word) -> Any:
         # The number that an entry holds; None if it holds none.
         tag: cython.uint = tag_of(self.w32[2 * self._record(b, slot) + F_META])
         data: bytes = self._value(b, slot, h)  # its checksum vouches for the tag
@@ -191,7 +191,7 @@ class Numbers(Mailbox):
         h: Word,
         kind: cython.uint,
         kb: bytes,
-        number: object,
+        number: Any,
         data: bytes,
         ns: Word,
         keep_expiry: cython.bint,

@@ -9,7 +9,7 @@ import functools
 import sys
 from array import array
 from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shmcache._arguments import Ttl
 from shmcache._format import layout as L
@@ -45,13 +45,13 @@ class Engine(Numbers):
 
     def _bind(
         self,
-        words: object,
-        geometry: object,
+        words: Any,
+        geometry: Any,
         seed: int,
-        codec: object,
-        settings: object,
-        recency: object,
-        peers: object,
+        codec: Any,
+        settings: Any,
+        recency: Any,
+        peers: Any,
     ) -> None:
         """Point the engine at a mapped segment; ``_join`` follows.
 
@@ -105,7 +105,7 @@ class Engine(Numbers):
 
     # --- reading --------------------------------------------------------------------
 
-    def get(self, key: object, default: object = None) -> object:
+    def get(self, key: Any, default: Any = None) -> Any:
         """Return the value of a key, or ``default`` when it is absent.
 
         A hit is a use: it renews the entry's LRU rank, and in a sliding cache its time.
@@ -119,23 +119,23 @@ class Engine(Numbers):
         value = self._lookup(key, COUNTS_AS_USE | WANTS_VALUE)
         return default if value is MISSING else value
 
-    def peek(self, key: object, default: object = None) -> object:
+    def peek(self, key: Any, default: Any = None) -> Any:
         """As ``get``, but it counts neither as a use nor as a hit or miss.  O(1)."""
         value = self._lookup(key, WANTS_VALUE)
         return default if value is MISSING else value
 
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: Any) -> bool:
         """Whether a key is there; it is no use of the entry.  O(1)."""
         return self._lookup(key, 0) is not MISSING
 
-    def __getitem__(self, key: object) -> object:
+    def __getitem__(self, key: Any) -> Any:
         """As ``get``, but it raises KeyError when the key is absent.  O(1)."""
         value = self._lookup(key, COUNTS_AS_USE | WANTS_VALUE)
         if value is MISSING:
             raise KeyError(key)
         return value
 
-    def get_many(self, keys: object) -> object:
+    def get_many(self, keys: Any) -> Any:
         """Return a dict of those of the keys that are there.  O(keys)."""
         self._require_joined()
         found = {}
@@ -145,14 +145,14 @@ class Engine(Numbers):
                 found[key] = value
         return found
 
-    def gets(self, key: object) -> tuple:
+    def gets(self, key: Any) -> tuple:
         """Return ``(value, token)`` for ``cas``; ``(None, None)`` when absent.  O(1).
 
         The token names this very version of the entry, and no other one ever again.
         """
         return self._read_versioned(key)
 
-    def ttl(self, key: object) -> object:
+    def ttl(self, key: Any) -> Any:
         """Return the seconds that an entry has left; None if it never expires.  O(1).
 
         Raises:
@@ -168,7 +168,7 @@ class Engine(Numbers):
 
     # --- writing --------------------------------------------------------------------
 
-    def set(self, key: object, value: object, ttl: Ttl = ...) -> None:
+    def set(self, key: Any, value: Any, ttl: Ttl = ...) -> None:
         """Store a value, in place of the key's former one if there is one.  O(1).
 
         A full cache gives up what has expired, and then its least recently used
@@ -189,11 +189,11 @@ class Engine(Numbers):
         """
         self._put(key, value, ttl, ANY, 0)
 
-    def __setitem__(self, key: object, value: object) -> None:
+    def __setitem__(self, key: Any, value: Any) -> None:
         """As ``set`` with the default TTL of the cache.  O(1)."""
         self._put(key, value, ..., ANY, 0)
 
-    def set_many(self, mapping: object, ttl: Ttl = ...) -> None:
+    def set_many(self, mapping: Any, ttl: Ttl = ...) -> None:
         """Store several entries, each by itself.  O(entries)."""
         self._require_joined()
         if not hasattr(mapping, "items"):
@@ -205,15 +205,15 @@ class Engine(Numbers):
         for key, value in mapping.items():
             self._put(key, value, ttl, ANY, 0)
 
-    def add(self, key: object, value: object, ttl: Ttl = ...) -> bool:
+    def add(self, key: Any, value: Any, ttl: Ttl = ...) -> bool:
         """Store only if the key is absent; whether it was stored.  Atomic, O(1)."""
         return self._put(key, value, ttl, ADD, 0) != 0
 
-    def replace(self, key: object, value: object, ttl: Ttl = ...) -> bool:
+    def replace(self, key: Any, value: Any, ttl: Ttl = ...) -> bool:
         """Store only if the key is there; whether it was stored.  Atomic, O(1)."""
         return self._put(key, value, ttl, REPLACE, 0) != 0
 
-    def cas(self, key: object, value: object, token: object, ttl: Ttl = ...) -> bool:
+    def cas(self, key: Any, value: Any, token: Any, ttl: Ttl = ...) -> bool:
         """Store only if the entry is unchanged; whether it was stored.  Atomic, O(1).
 
         Args:
@@ -231,7 +231,7 @@ class Engine(Numbers):
             token = 0  # of no entry, like any other that gets() did not return
         return self._put(key, value, ttl, CAS, token) != 0
 
-    def touch(self, key: object, ttl: Ttl = ...) -> bool:
+    def touch(self, key: Any, ttl: Ttl = ...) -> bool:
         """Give an entry a new time to live from now on; whether it was there.  O(1).
 
         It is a use, too: the entry becomes the most recently used one.
@@ -240,12 +240,12 @@ class Engine(Numbers):
 
     def incr(
         self,
-        key: object,
-        delta: object = 1,
+        key: Any,
+        delta: Any = 1,
         *,
-        initial: object = None,
+        initial: Any = None,
         ttl: Ttl = ...,
-    ) -> object:
+    ) -> Any:
         """Add to a number, atomically over all processes; returns the sum.  O(1).
 
         Args:
@@ -265,12 +265,12 @@ class Engine(Numbers):
 
     def decr(
         self,
-        key: object,
-        delta: object = 1,
+        key: Any,
+        delta: Any = 1,
         *,
-        initial: object = None,
+        initial: Any = None,
         ttl: Ttl = ...,
-    ) -> object:
+    ) -> Any:
         """Subtract from a number: ``incr`` with ``-delta``.  O(1)."""
         if type(delta) is int or type(delta) is float:
             delta = -delta
@@ -278,16 +278,16 @@ class Engine(Numbers):
 
     # --- removing -------------------------------------------------------------------
 
-    def delete(self, key: object) -> bool:
+    def delete(self, key: Any) -> bool:
         """Remove an entry; whether it was there.  O(1)."""
         return self._take(key, False) is not MISSING
 
-    def __delitem__(self, key: object) -> None:
+    def __delitem__(self, key: Any) -> None:
         """As ``delete``, but it raises KeyError when the key is absent.  O(1)."""
         if self._take(key, False) is MISSING:
             raise KeyError(key)
 
-    def delete_many(self, keys: object) -> int:
+    def delete_many(self, keys: Any) -> int:
         """Remove several entries; returns how many were there.  O(keys)."""
         self._require_joined()
         count = 0
@@ -296,7 +296,7 @@ class Engine(Numbers):
                 count += 1
         return count
 
-    def pop(self, key: object, default: object = MISSING) -> object:
+    def pop(self, key: Any, default: Any = MISSING) -> Any:
         """Remove an entry and return its value.  O(1).
 
         Of several processes that pop one key, one gets the value.  When the key is
@@ -318,7 +318,7 @@ if not cython.compiled:
     # What is raised where words, semaphores or lock file have gone.
     OF_CLOSING = (IndexError, OSError, ValueError)
 
-    def _release_all(engine, frame):
+    def _release_all(engine: Any, frame: Any) -> None:
         while frame is not None:
             if frame.f_globals.get("__name__", "").startswith("shmcache._engine."):
                 return  # inside another call: of a signal handler, or a codec
@@ -332,9 +332,9 @@ if not cython.compiled:
                     engine._rebuild_and_log(s, b, 0)
                 engine._release(s, b)
 
-    def _guarded(method):
+    def _guarded(method: Any) -> Any:
         @functools.wraps(method)
-        def guarded(self, /, *args, **kwargs):
+        def guarded(self: Any, /, *args: Any, **kwargs: Any) -> Any:
             try:
                 return method(self, *args, **kwargs)
             except BaseException as error:

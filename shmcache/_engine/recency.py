@@ -15,7 +15,7 @@ else.  A ring that is half changed is rebuilt by the next holder of the lock.
 """
 
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import cython
@@ -38,7 +38,7 @@ if not cython.compiled:
     from shmcache._engine.lists import Lists
 
 
-def recency_buffers(shards: int) -> object:
+def recency_buffers(shards: int) -> Any:
     """Recency buffers for a process's first use of a segment.
 
     All Cache objects of a process that are on one segment share them, because any of
@@ -67,7 +67,7 @@ class Recency(Lists):
     recent_count: cython.uint[::1]
     in_step: cython.bint  # see _fetch_block
 
-    def _bind_recency(self, buffers: object) -> None:
+    def _bind_recency(self, buffers: Any) -> None:
         """Use these buffers, which come from ``recency_buffers``."""
         self.recent_slot, self.recent_version, self.recent_count = buffers
         self.in_step = True

@@ -6,7 +6,7 @@ in steps of some dozens, so that others get their turn in between.
 Death in the middle: between two steps a shard is as after any other operation.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import cython
@@ -86,7 +86,7 @@ class Steps(Writes):
             if self.recent_count[s]:
                 self._step(s, 0)
 
-    def _scan(self, s: int, bucket: int, limit: int, values: bool) -> object:
+    def _scan(self, s: int, bucket: int, limit: int, values: bool) -> Any:
         """Copy about ``limit`` live entries of a shard, from a bucket on.
 
         Buckets are the stable order: an entry that is overwritten moves to another
@@ -138,7 +138,7 @@ class Steps(Writes):
 
     def _clear_step(
         self, s: int, bucket: int, limit: int, newest: int, kind: int, prefix: bytes
-    ) -> object:
+    ) -> Any:
         """Clear about ``limit`` entries of a shard, from a bucket on.
 
         Args:
@@ -198,7 +198,7 @@ class Steps(Writes):
             return False
         return self._copy_out(b, self.w32[2 * v + F_BLOCK], 0, n) == prefix
 
-    def _pop_oldest(self, s: int) -> object:
+    def _pop_oldest(self, s: int) -> Any:
         """Take the least recently used live entry of a shard.
 
         Returns:
@@ -269,12 +269,12 @@ class Steps(Writes):
             self._report()
         return data
 
-    def _key_hash(self, key: object) -> object:
-        """Hash and shard of a key."""
+    def _key_hash(self, key: Any) -> Any:
+        """Return kind, bytes, hash and shard of a key."""
         kb: bytes = key_bytes(key)
-        cython.declare(_kind=cython.uint, h=Word, s=Index, _b=Index)
-        _kind, h, s, _b = self._place(key, kb)
-        return h, s
+        cython.declare(kind=cython.uint, h=Word, s=Index, _b=Index)
+        kind, h, s, _b = self._place(key, kb)
+        return kind, kb, h, s
 
     def _log_evictions(self, on: bool) -> None:
         """Say whether evictions are to be logged from now on."""

@@ -20,7 +20,7 @@ blocks that no entry has yet.
 import sys
 from array import array
 from time import monotonic_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xxhash import xxh3_64_intdigest
 
@@ -89,7 +89,7 @@ class Corrupt(IndexError):
 
 @cython.cfunc
 @cython.inline
-def key_bytes(key: object) -> object:
+def key_bytes(key: Any) -> Any:
     # All refusals, and the bytes of the rarer kinds, are the business of encode_key.
     if type(key) is str:
         try:
@@ -106,7 +106,7 @@ def key_bytes(key: object) -> object:
 @cython.cfunc
 @cython.inline
 @cython.exceptval(-1)
-def key_kind(key: object) -> cython.uint:
+def key_kind(key: Any) -> cython.uint:
     if type(key) is str:
         return STR_KEY
     if type(key) is bytes:
@@ -142,7 +142,7 @@ def unpack_ttl(word: cython.uint) -> Word:
 @cython.cfunc
 @cython.inline
 @cython.exceptval(-1)
-def ttl_ns(ttl: object) -> Word:
+def ttl_ns(ttl: Any) -> Word:
     # Seconds as nanoseconds; ttl_to_ns refuses, and explains, everything unusual.
     if cython.compiled:
         ns: cython.double
@@ -201,14 +201,14 @@ class Words:
     arena: Index  # bytes from the start of a shard
     stamp_zero: Word  # ns of the cache's clock at creation
     seed: Word
-    clock: object
+    clock: Any
     # What the engine asks of the processes around it: see _process/peers.py.
-    peers: object
+    peers: Any
     if cython.compiled:
         # Set by close(), and read by threads that are inside a call meanwhile.
         closed = cython.declare(cython.bint, visibility="public")
 
-    def _bind_words(self, words: object, geometry: object, seed: int) -> None:
+    def _bind_words(self, words: Any, geometry: Any, seed: int) -> None:
         """Point the engine at a mapped segment.
 
         Args:
@@ -271,7 +271,7 @@ class Words:
 
     @cython.cfunc
     @cython.inline
-    def _place(self, key: object, kb: bytes) -> tuple[cython.uint, Word, Index, Index]:
+    def _place(self, key: Any, kb: bytes) -> tuple[cython.uint, Word, Index, Index]:
         # Kind and hash of a key, and the shard that it belongs to.
         kind: cython.uint = key_kind(key)
         h: Word = self._hash(kb, kind)

@@ -8,7 +8,7 @@ and ``_end``.
 Death in the middle: see ``entries.py`` for the order of stores.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shmcache.errors import EntryTooLarge
 
@@ -48,7 +48,7 @@ if not cython.compiled:
 class Writes(Lookup):
     """Writing one entry."""
 
-    encode: object
+    encode: Any
     fast_tags: cython.bint  # bytes need no codec
     raw_only: cython.bint
     default_ttl: Word  # ns; 0: never
@@ -59,7 +59,7 @@ class Writes(Lookup):
     @cython.cfunc
     @cython.inline
     @cython.exceptval(-1)
-    def _ttl(self, ttl: object) -> Word:
+    def _ttl(self, ttl: Any) -> Word:
         # A ttl argument in ns, 0 for "never"; an Ellipsis means that it was left out.
         if ttl is ...:
             return self.default_ttl
@@ -129,7 +129,7 @@ class Writes(Lookup):
     @cython.cfunc
     @cython.exceptval(-1)
     def _put(
-        self, key: object, value: object, ttl: object, mode: cython.int, token: Word
+        self, key: Any, value: Any, ttl: Any, mode: cython.int, token: Word
     ) -> Word:
         # Store a value; returns the new version, or 0 if the mode forbids to store.
         # ``token``: for CAS, the version that the entry must have.
@@ -175,7 +175,7 @@ class Writes(Lookup):
         return version
 
     @cython.cfunc
-    def _take(self, key: object, want: cython.bint) -> object:
+    def _take(self, key: Any, want: cython.bint) -> Any:
         # Remove an entry; returns its value (True if it is not wanted), or MISSING.
         self._require_joined()
         kb: bytes = key_bytes(key)
@@ -205,7 +205,7 @@ class Writes(Lookup):
 
     @cython.cfunc
     @cython.exceptval(-1)
-    def _renew_ttl(self, key: object, ttl: object) -> cython.bint:
+    def _renew_ttl(self, key: Any, ttl: Any) -> cython.bint:
         # Give an entry a new time to live, which is a use, too; whether it was there.
         self._require_joined()
         kb: bytes = key_bytes(key)
@@ -234,7 +234,7 @@ class Writes(Lookup):
         return slot != 0
 
     @cython.cfunc
-    def _read_versioned(self, key: object) -> tuple:
+    def _read_versioned(self, key: Any) -> tuple:
         # Value and version of a key, which count as a use; (None, None) when absent.
         self._require_joined()
         kb: bytes = key_bytes(key)
@@ -265,7 +265,7 @@ class Writes(Lookup):
 
     @cython.cfunc
     @cython.exceptval(-1)
-    def _expiry(self, key: object) -> Word:
+    def _expiry(self, key: Any) -> Word:
         # When an entry expires (ns, or NEVER); 0 when it is absent.
         self._require_joined()
         kb: bytes = key_bytes(key)

@@ -1,7 +1,7 @@
 """``Peers``: what the engine asks of the processes and threads around it.
 
-The engine knows words and locks.  Whether the process that holds a lock is alive, who it
-is, and what a log line says, it asks its one collaborator.  All calls are rare: the
+The engine knows words and locks.  Whether the process that holds a lock is alive, who
+it is, and what a log line says, it asks its one collaborator.  All calls are rare: the
 first use in a process, a long wait for a lock, and news after a lock was given back.
 """
 
@@ -59,23 +59,23 @@ class Peers:
         owner = attachment.owners.get(shard)
         if owner == threading.get_ident():
             return True  # it is not a nested call: check_reentry has looked
-        frame = sys._current_frames().get(owner or 0)  # noqa: SLF001 - the documented name
+        frame = sys._current_frames().get(owner or 0)
         return not any(map(_in_engine, _frames(frame)))
 
     def check_reentry(self, shard: int) -> None:
         """Raise ReentrantCall if this thread waits for a lock that it holds itself."""
         if self._attachment.owners.get(shard) != threading.get_ident():
             return
-        frames = _frames(sys._getframe())  # noqa: SLF001 - the documented name
+        frames = _frames(sys._getframe())
         for frame in frames:
             if not frame.f_globals.get("__name__", "").startswith("shmcache."):
                 break
         if any(map(_in_engine, frames)):
             raise ReentrantCall(
-                f"cache {self._name!r} was called from a signal handler, or a finalizer,"
-                " that interrupted an operation on the same shard; note the event in"
-                " the handler and use the cache after it (the compiled engine allows"
-                " this: install a C compiler, then reinstall shmcache)"
+                f"cache {self._name!r} was called from a signal handler, or a"
+                " finalizer, that interrupted an operation on the same shard; note the"
+                " event in the handler and use the cache after it (the compiled engine"
+                " allows this: install a C compiler, then reinstall shmcache)"
             )
 
     def recovery(self, shard: int) -> AbstractContextManager[None]:

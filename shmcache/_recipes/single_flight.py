@@ -44,7 +44,7 @@ class Flight:
         self._key = key
         self.who = who
         self._timeout = timeout
-        self._hash, self._shard = cache._key_hash(key)
+        _, _, self._hash, self._shard = cache._key_hash(key)
         self.value: Any = MISSING
 
     def pauses(self) -> Iterator[float]:

@@ -124,7 +124,7 @@ class Scene:
         log.set_level(logging.WARNING, "shmcache")
         self.keys = Keys(self.cache)
         self.scenario.fill(self.cache, self.clock, self.keys)
-        self.cache._flush_touches()
+        self.cache._flush_recency()
         self._now = self.clock.ns
         self.attachment = self.cache._attachment
         self._geometry = self.attachment.header.geometry

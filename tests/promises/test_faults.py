@@ -8,7 +8,6 @@ from the segment, 12 fairness.  A test's name begins with the number.
 from __future__ import annotations
 
 import fcntl
-import inspect
 import itertools
 import logging
 import os
@@ -63,7 +62,6 @@ from shmcache import (
     SegmentCorrupt,
     SegmentRefused,
 )
-from shmcache._engine.slab import Slab
 from shmcache._format import check as _check
 from shmcache._format import layout as L
 from shmcache._process import attachment as _workers
@@ -522,6 +520,10 @@ def test_4_orphan_lives_on_in_the_cache_that_followed(name: str) -> None:
 # --- 5. exceptions out of signal handlers ---------------------------------------
 
 
+# The files of the interpreted engine.
+ENGINE = frozenset(map(str, Path(shmcache.__file__).parent.glob("_engine/*.py")))
+
+
 class Strike(BaseException):
     """What a signal handler raises."""
 
@@ -572,7 +574,7 @@ class Stage:
         )
         self.keys = Keys(self.cache)
         self.scenario.fill(self.cache, self.clock, self.keys)
-        self.cache._flush_touches()
+        self.cache._flush_recency()
         self.now = self.clock.ns
         attachment = self.cache._attachment
         self.header = _check.read_header(attachment.block.view)
@@ -589,7 +591,7 @@ class Stage:
     def strike(self, n: int, what: str) -> bool:
         """Run the scenario up to the n-th line or bytecode; False if it has fewer."""
         self.restore()
-        sys.settrace(Striker(n, what, {inspect.getsourcefile(Slab)}))
+        sys.settrace(Striker(n, what, ENGINE))
         try:
             self.scenario.act(self.cache, self.clock, self.keys)
         except Strike:
@@ -610,7 +612,7 @@ class Stage:
     def findings(self) -> list[str]:
         """What the checker says of the shard."""
         stride = self.header.geometry.stride
-        data = self.cache._snapshot(0, 0, stride)
+        data = self.cache._copy_shard(0, 0, stride)
         return _check.check_shard(data, self.header, 0, quiescent=False)
 
 
