@@ -21,6 +21,7 @@ version = release = installed("shmcache")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
+highlight_language = "none"  # blocks without a language are drawings and output
 
 # --- pages ------------------------------------------------------------------------
 
