@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -273,6 +273,24 @@ def test_measures_are_listed(name: str) -> None:
         family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
         for family in families
     }
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["Pool", "Correlation", "Config"])
+def test_settings_are_listed(kind: str) -> None:
+    """The table of settings has every field of them, with its three values."""
+    text = (ROOT / "docs" / "maps.md").read_text(encoding="utf-8")
+    settings = getattr(shmcache, f"{kind}Settings")
+    presets = settings(), settings.conservative(), settings.high_throughput()
+    expected = [
+        f" `{field.name}` | "
+        + " | ".join(f"{getattr(preset, field.name):,.0f}" for preset in presets)
+        + " |"
+        for field in fields(settings)
+        if not field.name.startswith("enable_")
+    ]
+    table = text.partition(f"| `{kind}Settings` |")[2].splitlines()
+    assert expected == [row.removeprefix("| |") for row in table[: len(expected)]]
 
 
 @pytest.mark.once
