@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -84,14 +85,15 @@ def test_compiled_means_all_of_them(pyproject: dict[str, Any]) -> None:
 
 
 def test_compiled_modules_list_what_they_cimport(pyproject: dict[str, Any]) -> None:
-    """A module is rebuilt when a .pxd that it names changes."""
+    """A module is rebuilt when a .pxd that it names, or a header of that, changes."""
     for ext in pyproject["tool"]["setuptools"]["ext-modules"]:
         text = (ROOT / ext["sources"][0]).read_text(encoding="utf-8")
-        expected = {
-            path.relative_to(ROOT).as_posix()
-            for path in (ROOT / "shmcache").rglob("*.pxd")
-            if f"cython.cimports.shmcache.{path.parent.name}.{path.stem}" in text
-        }
+        expected = set()
+        for path in (ROOT / "shmcache").rglob("*.pxd"):
+            if f"cython.cimports.shmcache.{path.parent.name}.{path.stem}" in text:
+                names = re.findall('extern from "(.*)"', path.read_text("utf-8"))
+                needed = [path, *(path.with_name(name) for name in names)]
+                expected |= {file.relative_to(ROOT).as_posix() for file in needed}
         assert expected == set(ext.get("depends", ()))
 
 
@@ -100,7 +102,7 @@ def test_every_file_of_the_tree_is_installed() -> None:
     tree = ROOT / "shmcache"
     if not tree.is_dir():
         pytest.skip("tests were copied out of their tree: no shmcache/ beside")
-    kinds = {".py", ".pxd", ".json", ".typed"}
+    kinds = {".py", ".pyx", ".pxd", ".h", ".json", ".typed"}
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in tree.rglob("*")
