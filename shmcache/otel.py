@@ -3,11 +3,11 @@
 Problem: each worker has its own SDK and exporter, and the counts are the host's: were
 all to report them, a backend that sums over workers would show a multiple.
 
-Mechanism: the workers elect a reporter by a kernel lock on a byte of the cache's lease
-file (see _workers.py).  Whoever has it reports the cache, and all others observe
-nothing.  The kernel drops the lock when its holder dies, and the next worker to
-collect gets it; so a takeover lasts one export interval at most.  The election is held
-cache by cache.
+Mechanism: the workers elect a reporter by a kernel lock on a byte of the cache's lock
+file (see _process/election.py).  The worker that has it reports the cache, and all
+others observe nothing.  The kernel drops the lock when its holder dies, and the next
+worker to collect gets it; so a takeover lasts one export interval at most.  The
+election is held cache by cache.
 
 Instruments follow the semantic conventions: namespaced names and attributes, units in
 UCUM, no unit or "total" in a name.  What can be summed and may fall is an up-down
@@ -44,7 +44,7 @@ from shmcache._observe.measures import (
     Reading,
     registries,
 )
-from shmcache._process import attachment as _workers
+from shmcache._process.election import Office, elected, resign
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -132,12 +132,12 @@ class Instrumentation:
 def _elected(cache: Cache) -> bool:
     # Whether this process has the reporter's lock, now if not before.
     # A closed one is for the reader to complain of.
-    return cache.closed or _workers.elected(cache._attachment, _workers.REPORTER)
+    return cache.closed or elected(cache._attachment, Office.REPORTER)
 
 
 def _resign(cache: Cache) -> None:
     if not cache.closed:
-        _workers.resign(cache._attachment, _workers.REPORTER)
+        resign(cache._attachment, Office.REPORTER)
 
 
 class _Round(threading.local):

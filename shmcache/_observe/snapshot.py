@@ -27,9 +27,11 @@ import xxhash
 from shmcache._engine import HandleCodec, MsgpackCodec, decode_key, decode_tagged
 from shmcache._format import check as _check
 from shmcache._format import layout as L
-from shmcache._process import attachment as _workers
-from shmcache._segment import create as _segment
-from shmcache._segment.create import Header, Names
+from shmcache._process.attachment import of_this_process
+from shmcache._process.lockfile import LockFile
+from shmcache._process.rows import sum_counters
+from shmcache._segment.header import Header, read_header, read_settings
+from shmcache._segment.names import Names, open_own
 from shmcache.errors import SegmentCorrupt, SegmentNotFound, SegmentRefused
 from shmcache.stats import Stats
 
@@ -125,7 +127,7 @@ class Segment:
     def __init__(self, name: str) -> None:
         self.names = Names.of(name)
         try:
-            fd = _segment.open_own(
+            fd = open_own(
                 self.names.segment_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
             )
         except FileNotFoundError:
@@ -146,7 +148,7 @@ class Segment:
         self.bytes = memoryview(self._map)
         self.w64 = self.bytes[: self.size & ~7].cast("Q")
         self.w32 = self.bytes[: self.size & ~7].cast("I")
-        self._lease: _workers.Lease | None = None
+        self._lease: LockFile | None = None
         try:
             self.header, self.trouble = self._read_header()
             self._lease, self._ours = self._open_lease()
@@ -156,7 +158,7 @@ class Segment:
 
     def _read_header(self) -> tuple[Header, str]:
         try:
-            return _segment.read_header(self.names, self.bytes), ""
+            return read_header(self.names, self.bytes), ""
         except SegmentCorrupt as error:
             # Shards can be read by the four numbers that a geometry follows from.
             plan = _check.read_header(self.bytes)
@@ -164,7 +166,7 @@ class Segment:
             if known != (L.MAGIC, L.FORMAT) or not plan.usable:
                 raise
             header = Header(
-                settings=_segment.read_settings(self.bytes),
+                settings=read_settings(self.bytes),
                 geometry=plan.geometry,
                 name=self.names.cache,
                 seed=plan.seed,
@@ -174,11 +176,11 @@ class Segment:
             )
             return header, str(error)
 
-    def _open_lease(self) -> tuple[_workers.Lease | None, int]:
+    def _open_lease(self) -> tuple[LockFile | None, int]:
         # And the token of this process if it is attached: its locks it cannot see.
-        ours = _workers._attachments.get(self.names.segment)
+        ours = of_this_process(self.names)
         try:
-            lease = _workers.Lease.open(self.names, self, create=False)
+            lease = LockFile.open(self.names, self, create=False)
             return lease, ours.token if ours else 0
         except FileNotFoundError:
             return None, 0
@@ -242,7 +244,7 @@ class Segment:
         return Stats.of(
             self.header,
             map(self.shard_words, self.shards),
-            _workers.sum_counters(self.w64),
+            sum_counters(self.w64)[0],  # exact unless workers end all the time
             recovered=self.w64[L.H_RECOVERED],
             workers=sum(worker.alive for worker in self.workers()),
         )
@@ -276,7 +278,7 @@ class Segment:
             return os.getpid()
         if self._lease is None:
             return None
-        return self._lease.holder(_workers._ROW + row)
+        return self._lease.row_holder(row)
 
     def inside(self) -> Iterator[Inside]:
         """The shards in which somebody writes, or for which somebody waits."""
@@ -292,7 +294,7 @@ class Segment:
         # glibc and musl count who sleeps on a semaphore in its second word.
         with contextlib.suppress(OSError, SegmentRefused):
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = _segment.open_own(self.names.semaphore_path(shard), flags)
+            fd = open_own(self.names.semaphore_path(shard), flags)
             try:
                 data = os.pread(fd, 8, 0)
             finally:

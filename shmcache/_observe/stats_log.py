@@ -2,10 +2,10 @@
 
 Problem: all workers would log the same numbers, as the counts are the host's.
 
-Mechanism: whoever holds the kernel lock on a byte of the cache's lease file logs (see
-_workers.py); when it dies the next one does.  Each process that asked has a daemon
-thread for it, which is not the sweeper's: a slow log handler must not keep the sweeper
-from its work.
+Mechanism: the process that has the office of the logger logs (see
+_process/election.py); when it dies another process has it.  Each process that asked has
+a daemon thread for it, which is not the sweeper's: a slow log handler must not keep the
+sweeper from its work.
 
 Fork: a child has no such thread and need not, as its parent goes on; and it is not
 born while the thread is inside a log handler, whose lock it would find taken.
@@ -22,7 +22,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
 from shmcache._observe.measures import Reader, Reading, registries
-from shmcache._process import attachment as _workers
+from shmcache._process.election import Office, elected, resign
 from shmcache._process.uwsgi import threads_run
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class StatsLog:
             for name, cache in self._reader.caches.items():
                 others = (other._reader.caches for other in list(_running))
                 if not cache.closed and not any(name in each for each in others):
-                    _workers.resign(cache._attachment, _workers.LOGGER)
+                    resign(cache._attachment, Office.LOGGER)
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +110,7 @@ class StatsLog:
         for name, cache in self._reader.caches.items():
             if cache.closed:
                 continue
-            if _workers.elected(cache._attachment, _workers.LOGGER):
+            if elected(cache._attachment, Office.LOGGER):
                 reading = self._reader.read(name)
                 if reading is not None:
                     self._write(reading)

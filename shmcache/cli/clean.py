@@ -2,8 +2,8 @@
 
 For the command line.  Nothing here attaches to a segment or believes its header, so
 damaged ones are dealt with, too.  Whether a cache is in use is what the kernel's locks
-on its lease file say (see _workers.py), and removal happens under the admin lock, as
-creation does: a cache that is just being made is in use.
+on its lock file say (see _process/lockfile.py), and removal happens under the admin
+lock, as creation does: a cache that is just being made is in use.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ from typing import TYPE_CHECKING
 
 from shmcache._format import check as _check
 from shmcache._format import layout as L
-from shmcache._process import attachment as _workers
-from shmcache._segment import create as _segment
-from shmcache._segment.create import SHM_DIR, Names
-from shmcache.errors import SegmentNotFound, SegmentRefused, ShmCacheError
+from shmcache._process.lockfile import LockFile, mutex
+from shmcache._segment.create import remove as remove_segment
+from shmcache._segment.names import LOCK_SUFFIX, SHM_DIR, Names, open_own
+from shmcache.errors import (
+    LockTimeout,
+    SegmentNotFound,
+    SegmentRefused,
+    ShmCacheError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +63,7 @@ def _cache_of(entry: str) -> str:
         head, _, shard = entry.removeprefix(f"sem.{ours}").rpartition(".")
         name = head if shard.isdecimal() else ""
     elif entry.startswith(ours):
-        name = entry.removeprefix(ours).removesuffix(".lease")
+        name = entry.removeprefix(ours).removesuffix(LOCK_SUFFIX)
     try:
         return Names.of(name).cache
     except ValueError:
@@ -82,15 +87,15 @@ def _look(name: str, files: list[str]) -> Found:
 def _in_use(names: Names) -> bool:
     # Also while somebody creates it, or takes it into use again.
     try:
-        with _workers.Lease.opened(names, create=False) as lease:
-            return lease.in_use() or lease.holder(_workers._ADMIN) is not None
+        with LockFile.opened(names, create=False) as lockfile:
+            return lockfile.in_use() or lockfile.admin_held()
     except FileNotFoundError:
         return False
 
 
 def _persists(names: Names) -> bool:
     try:
-        fd = _segment.open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     try:
@@ -110,24 +115,27 @@ def remove(name: str, *, force: bool = False) -> bool:
     Raises SegmentRefused for files that are not safely ours.
     """
     names = Names.of(name)
-    with _workers.mutex(), _workers.Lease.opened(names) as lease:
-        if force:
-            lease.wait(_workers._ADMIN, f"cache {name!r}")
-        elif not lease.try_lock(_workers._ADMIN):
-            return False
-        try:
-            # Not current: somebody else has removed it, and it may be a new one by now.
-            if not lease.current() or (lease.in_use() and not force):
+    try:
+        with (
+            mutex(),
+            LockFile.opened(names) as lockfile,
+            lockfile.admin(f"cache {name!r}", timeout=None if force else 0),
+        ):
+            # If the file has lost its name, another process has removed the cache, and
+            # what is there now is a new one.
+            if not lockfile.current() or (lockfile.in_use() and not force):
                 return False
-            _segment.remove(names)
+            remove_segment(names)
             os.unlink(names.lock_path)
-        except IsADirectoryError as error:
-            raise SegmentRefused(
-                f"{names.segment_path} is a directory and so none of a cache's files:"
-                " find out who put it there, and remove it"
-            ) from error
-        finally:
-            lease.unlock(_workers._ADMIN)
+    except LockTimeout:
+        if force:
+            raise
+        return False
+    except IsADirectoryError as error:
+        raise SegmentRefused(
+            f"{names.segment_path} is a directory and so none of a cache's files:"
+            " find out who put it there, and remove it"
+        ) from error
     return True
 
 
@@ -135,7 +143,7 @@ def check(name: str) -> list[str]:
     """What is wrong with a segment, from a copy, without attaching; a sentence each."""
     names = Names.of(name)
     try:
-        fd = _segment.open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise SegmentNotFound(
             f"there is no cache named {name!r} of user {os.geteuid()}; shmcache ls"
@@ -177,8 +185,8 @@ def _locked_copy(name: str, shard: int, size: int) -> bytes | None:
     # as one of its users we have a copy made under the lock.  None of the dead's.
     from shmcache.cache import Cache
 
-    with _workers.Lease.opened(Names.of(name), create=False) as lease:
-        if not lease.in_use():
+    with LockFile.opened(Names.of(name), create=False) as lockfile:
+        if not lockfile.in_use():
             return None
         try:
             with Cache.attach(name, lock_timeout=2) as cache:

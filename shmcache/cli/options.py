@@ -47,7 +47,7 @@ def key_option(parser: argparse.ArgumentParser, **more: Any) -> None:
 
 
 def _cache_name(text: str) -> str:
-    from shmcache._segment.create import Names
+    from shmcache._segment.names import Names
 
     try:
         return Names.of(text).cache
