@@ -20,7 +20,7 @@ def report() -> dict[str, dict[str, Any]]:
     Returns:
         For each map, under its name, its ``kind`` (the class), the ``pid`` of this
         process, and the fields of its ``stats()``; or ``error`` if it cannot be read.
-        A second map of the same name is called ``NAME#2``.  There are only dicts, lists,
+        A second map of the same name is called ``NAME#2``.  It has only dicts, lists,
         strings and numbers in it, so ``json.dumps`` accepts it.
     """
     result: dict[str, dict[str, Any]] = {}

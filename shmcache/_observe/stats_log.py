@@ -117,7 +117,7 @@ class StatsLog:
             self._thread.join()
         if self in _running:
             _running.discard(self)
-            # Another StatsLog of this process may log the same cache; it keeps the lock.
+            # Another StatsLog of this process that logs the same cache keeps the lock.
             still = {name for other in list(_running) for name in other.caches}
             for name, cache in self.caches.items():
                 if not cache.closed and name not in still:
