@@ -1,4 +1,4 @@
-"""What can be asked of a soak."""
+"""The options of a soak."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shmcache._parser import Parser
 from shmcache.errors import ShmCacheError
 
 PROFILES = ("cache", "handles", "mixed", "churn")
@@ -18,8 +19,8 @@ SERVERS = ("fork", "gunicorn")
 LEAKS = ("memory", "descriptors", "threads")
 DESCRIPTION = (
     "Does memory stay flat?  Runs workers on a cache, kills and recycles them, watches"
-    " what they hold, and judges.  Exit code 1 on a leak or on anything that does not"
-    " add up."
+    " what they hold, and judges that.  Exit code 1 if there is a leak, or if anything"
+    " does not add up."
 )
 
 
@@ -29,21 +30,21 @@ class SoakError(ShmCacheError):
 
 @dataclass(frozen=True)
 class Options:
-    """One soak, as the command line asks for it."""
+    """The options of one soak."""
 
     seconds: float = 60.0  # math.inf: until Ctrl-C
     workers: int = 3
     profile: str = "mixed"
     server: str = "fork"
-    rate: float = 1000.0  # operations a second, of all workers together
-    kill_every: float = 0.0  # s; 0 = never
-    recycle_every: float = 0.0
+    rate: float = 1000.0  # operations per second, of all workers together
+    kill_every: float = 0.0  # s; 0: never
+    recycle_every: float = 0.0  # s; 0: never
     seed: int = 1
-    trace: str | None = None
-    pid: int | None = None  # of a master to watch; then there is no load of ours
+    trace: str | None = None  # the path of a trace
+    pid: int | None = None  # of a master to watch; then the soak starts no workers
     warm_up: float = 0.0  # s of the run, and of each worker's life; not judged
-    interval: float = 1.0
-    check_every: float = 10.0
+    interval: float = 1.0  # s from sample to sample
+    check_every: float = 10.0  # s
     tolerance: float = 1024.0  # KiB by which a process may grow over the window
     html: str | None = None
     json: str | None = None
@@ -51,98 +52,131 @@ class Options:
     leak: str | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """For the report; without a bound, ``seconds`` is None."""
+        """The options for a report; ``seconds`` is None if the run has no end."""
         bounded = math.isfinite(self.seconds)
         return {**asdict(self), "seconds": self.seconds if bounded else None}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a soak, for a parser of one's own."""
+    """Add the options of a soak to a parser."""
     d = Options()
     add = parser.add_argument
-    add("--seconds", type=_positive, metavar="N", help="(default: 60)")
-    add("--workers", type=_workers, default=d.workers, metavar="K", help="(default: 3)")
-    add("--profile", choices=PROFILES, default=d.profile, help="(default: mixed)")
-    add("--server", choices=SERVERS, default=d.server, help="(default: fork)")
     add(
-        *("--rate",),
+        "--seconds",
+        type=_positive,
+        metavar="N",
+        help="length of the run (default: 60)",
+    )
+    add(
+        "--workers",
+        type=_workers,
+        default=d.workers,
+        metavar="K",
+        help="worker processes, 1 to 64 (default: 3)",
+    )
+    add(
+        "--profile",
+        choices=PROFILES,
+        default=d.profile,
+        help="what the workers use (default: mixed)",
+    )
+    add(
+        "--server",
+        choices=SERVERS,
+        default=d.server,
+        help="what starts the workers (default: fork)",
+    )
+    add(
+        "--rate",
         type=_positive,
         default=d.rate,
         metavar="R",
-        help="operations a second of all workers together (default: 1000)",
+        help="operations per second, of all workers together (default: 1000)",
     )
     add(
-        *("--kill-every",),
+        "--kill-every",
         type=_seconds,
         default=d.kill_every,
         metavar="S",
         help="SIGKILL a worker every S seconds (default: 0, never)",
     )
     add(
-        *("--recycle-every",),
+        "--recycle-every",
         type=_seconds,
         default=d.recycle_every,
         metavar="S",
         help="end a worker in good order every S seconds (default: 0, never)",
     )
-    add("--seed", type=int, default=d.seed, metavar="X", help="(default: 1)")
     add(
-        *("--trace",),
+        "--seed",
+        type=int,
+        default=d.seed,
+        metavar="X",
+        help="what the random choices start from (default: 1)",
+    )
+    add(
+        "--trace",
         metavar="FILE",
         help="take the keys from an access trace: numbers, one a line (.gz or plain),"
         " or 32-bit big-endian (.xz); default: Zipf's law",
     )
     add(
-        *("--pid",),
+        "--pid",
         type=int,
         metavar="MASTER",
-        help="start nothing: watch this gunicorn or uWSGI master and its workers,"
-        " until it ends, or Ctrl-C, or --seconds",
+        help="start no workers: watch this gunicorn or uWSGI master and its workers,"
+        " until it ends, or Ctrl-C, or for --seconds",
     )
     add(
-        *("--warm-up",),
+        "--warm-up",
         type=_seconds,
         metavar="S",
         help="seconds of the run, and of each worker's life, that are not judged"
         " (default: 30; at most a quarter of the run, or a third of a worker's life)",
     )
     add(
-        *("--interval",),
+        "--interval",
         type=_positive,
         default=d.interval,
         metavar="S",
         help="seconds from sample to sample (default: 1)",
     )
     add(
-        *("--tolerance",),
+        "--tolerance",
         type=_positive,
         default=d.tolerance,
         metavar="KIB",
-        help="growth of a process's memory over the window from which on it is a leak"
+        help="a process leaks if its memory grows by more over the window"
         " (default: 1024)",
     )
-    add("--html", metavar="PATH", help="write the report with the plots there")
-    add("--json", metavar="PATH", help="write verdict and samples there; - = stdout")
+    add("--html", metavar="PATH", help="write a report with plots to this file")
     add(
-        *("--self-test",),
+        "--json",
+        metavar="PATH",
+        help="write verdict and samples to this file; - is standard output",
+    )
+    add(
+        "--self-test",
         action="store_true",
-        help="whether this tool can be believed: a clean run must pass, and a leak be"
-        " found; half a minute",
+        help="test this tool: a clean run must pass, and a leak must be found; takes"
+        " half a minute",
     )
     add("--leak", choices=LEAKS, help=argparse.SUPPRESS)
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """The parser of ``tools/soak.py``."""
-    from shmcache.cli import Parser
-
+    """The parser of a soak; ``prog`` is the name of the command."""
     made = Parser(prog=prog, description=DESCRIPTION)
     add_options(made)
     return made
 
 
 def from_namespace(namespace: argparse.Namespace) -> Options:
-    """The options of a parsed command line, checked as far as can be at once."""
+    """The options of a parsed command line.
+
+    Raises:
+        SoakError: They contradict each other, or name a file that cannot be used.
+    """
     given = {k: v for k, v in vars(namespace).items() if k in Options.__annotations__}
     seconds = given.pop("seconds", None)
     warm_up = given.pop("warm_up", None)
@@ -170,7 +204,7 @@ def from_namespace(namespace: argparse.Namespace) -> Options:
 
 
 def _refuse_trace(path: str) -> None:
-    # Here, where somebody reads it, and not in each of the workers.
+    # Refused here, where the user sees it, and not later in each of the workers.
     from shmcache.soak.load import accesses
 
     hint = "name a trace file: numbers, one a line (.gz or plain), or 32-bit (.xz)"
@@ -182,14 +216,20 @@ def _refuse_trace(path: str) -> None:
 
 
 def _life(given: dict[str, Any]) -> float:
-    # How long a worker lives on average, s.
+    # How long a worker lives on average, in seconds.
     every = [given.get("kill_every"), given.get("recycle_every")]
     ends = sum(1 / seconds for seconds in every if seconds)
     return float(given.get("workers", 1)) / ends if ends else math.inf
 
 
 def for_self_test(options: Options, leak: str | None) -> Options:
-    """A short run: clean, with a death and a farewell, or one that leaks."""
+    """The options of a short run for the self-test.
+
+    Args:
+        options: What the user asked for.
+        leak: What the workers leak.  None is a clean run, in which a worker is killed
+            and another one recycled.
+    """
     return replace(
         options,
         profile="mixed",
@@ -209,12 +249,12 @@ def for_self_test(options: Options, leak: str | None) -> Options:
 
 
 def run_name() -> str:
-    """What the names of this run's caches begin with: this process's own."""
+    """What the names of this run's caches begin with; no other run has the same."""
     return f"soak-{os.getpid()}-{time.monotonic_ns() % 1_000_000}"
 
 
 def _refuse_folder(option: str, path: Path) -> None:
-    # At once, not after the hours of a run.
+    # Refused now, and not after a run of hours.
     if path.is_dir() or not path.parent.is_dir():
         raise SoakError(
             f"{option} {path}: cannot be written there: name a file in an existing"
