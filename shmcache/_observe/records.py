@@ -272,7 +272,7 @@ class RecordReader(MappedSegment):
     def _finished(self, entry: Entry) -> Entry | None:
         # The entry as it will be when the number that is being stored into it is in
         # place.  Its writer is still inside, or died there; in both cases the redo
-        # words tell the number, and the next holder of the lock puts it in.
+        # words have the number, and the next holder of the lock puts it in.
         places, astray = self.places(entry, values=False)
         if not self._is_redone(entry) or entry.value_len != 8 or astray:
             return None

@@ -131,7 +131,7 @@ class Segment(RecordReader):
     def stats(self) -> SegmentStats:
         """What ``Cache.stats()`` says.  O(shards + workers).
 
-        ``compiled`` is that of this process, as the segment does not tell it.
+        ``compiled`` is that of this process, as the segment does not know it.
         """
         copies = [self._shard_words(shard) for shard in self.shards]
         stats = Stats.of(
@@ -195,7 +195,7 @@ class Segment(RecordReader):
                 yield Inside(shard, writing, token, waiting)
 
     def _waiting(self, shard: int) -> int:
-        # How many threads sleep on a shard's semaphore; 0 if it cannot be told.
+        # How many threads sleep on a shard's semaphore; 0 if that is unknown.
         with contextlib.suppress(OSError, SegmentRefused):
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = _segment.open_own(self.names.semaphore_path(shard), flags)

@@ -1,7 +1,7 @@
 """The files that caches have in shared memory: found, checked, removed.
 
-Problem: crashes leave files behind.  They must be told from the files of caches in
-use, and from files that are not safely ours, even if their contents are damaged.
+Problem: crashes leave files behind.  These must be distinguished from the files
+of caches in use, and from files that are not safely ours, whatever their contents.
 
 Mechanism: nothing here attaches to a segment or trusts its header.  A cache is in use
 if a process holds a lock on its lock file (see _process/attachment.py).  Files are

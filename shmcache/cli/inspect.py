@@ -74,7 +74,7 @@ def _ls(options: argparse.Namespace) -> int:
 
 
 # What ``ls`` takes from the statistics of a cache.
-_TOLD = (
+_FIGURES = (
     *("entries", "max_entries", "bytes_used", "bytes_capacity"),
     *("hits", "misses", "workers", "age", "codec"),
 )
@@ -84,13 +84,13 @@ def _summary(found: Found) -> dict[str, Any]:
     # One cache of `ls`.  A field is None if it cannot be read.
     from shmcache._observe.snapshot import Segment
 
-    told: dict[str, Any] = dict.fromkeys(_TOLD)
+    figures: dict[str, Any] = dict.fromkeys(_FIGURES)
     trouble = found.trouble
     if not trouble:
         try:
             with Segment(found.name) as segment:
                 known = {**vars(segment.stats().stats), "codec": segment.codec}
-                told = {key: known[key] for key in _TOLD}
+                figures = {key: known[key] for key in _FIGURES}
                 trouble = segment.trouble
         except SegmentNotFound:
             pass  # there are other files of the cache, but no segment
@@ -103,7 +103,7 @@ def _summary(found: Found) -> dict[str, Any]:
         "in_use": found.in_use,
         "persist": found.persist,
         "bytes": found.bytes,
-        **told,
+        **figures,
         "trouble": trouble,
     }
 
@@ -357,7 +357,7 @@ def _print_record(record: dict[str, Any]) -> None:
 
 
 def _owner(segment: Segment, entry: Entry) -> dict[str, Any]:
-    # For a handle, who owns it.  The PID is None if the row has been freed since.
+    # The owner of a handle.  The PID is None if the owner's row has been freed since.
     token = segment.owner(entry)
     if not token:
         return {}

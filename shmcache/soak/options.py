@@ -57,117 +57,142 @@ class Options:
         return {**asdict(self), "seconds": self.seconds if bounded else None}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a soak to a parser."""
-    d = Options()
-    add = parser.add_argument
-    add(
-        "--seconds",
-        type=_positive,
-        metavar="N",
-        help="length of the run (default: 60)",
-    )
-    add(
-        "--workers",
-        type=_workers,
-        default=d.workers,
-        metavar="K",
-        help="worker processes, 1 to 64 (default: 3)",
-    )
-    add(
-        "--profile",
-        choices=PROFILES,
-        default=d.profile,
-        help="what the workers use (default: mixed)",
-    )
-    add(
-        "--server",
-        choices=SERVERS,
-        default=d.server,
-        help="what starts the workers (default: fork)",
-    )
-    add(
-        "--rate",
-        type=_positive,
-        default=d.rate,
-        metavar="R",
-        help="operations per second, of all workers together (default: 1000)",
-    )
-    add(
-        "--kill-every",
-        type=_seconds,
-        default=d.kill_every,
-        metavar="S",
-        help="SIGKILL a worker every S seconds (default: 0, never)",
-    )
-    add(
-        "--recycle-every",
-        type=_seconds,
-        default=d.recycle_every,
-        metavar="S",
-        help="end a worker in good order every S seconds (default: 0, never)",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=d.seed,
-        metavar="X",
-        help="what the random choices start from (default: 1)",
-    )
-    add(
-        "--trace",
-        metavar="FILE",
-        help="take the keys from an access trace: numbers, one a line (.gz or plain),"
-        " or 32-bit big-endian (.xz); default: Zipf's law",
-    )
-    add(
-        "--pid",
-        type=int,
-        metavar="MASTER",
-        help="start no workers: watch this gunicorn or uWSGI master and its workers,"
-        " until it ends, or Ctrl-C, or for --seconds",
-    )
-    add(
-        "--warm-up",
-        type=_seconds,
-        metavar="S",
-        help="seconds of the run, and of each worker's life, that are not judged"
-        " (default: 30; at most a quarter of the run, or a third of a worker's life)",
-    )
-    add(
-        "--interval",
-        type=_positive,
-        default=d.interval,
-        metavar="S",
-        help="seconds from sample to sample (default: 1)",
-    )
-    add(
-        "--tolerance",
-        type=_positive,
-        default=d.tolerance,
-        metavar="KIB",
-        help="a process leaks if its memory grows by more over the window"
-        " (default: 1024)",
-    )
-    add("--html", metavar="PATH", help="write a report with plots to this file")
-    add(
-        "--json",
-        metavar="PATH",
-        help="write verdict and samples to this file; - is standard output",
-    )
-    add(
-        "--self-test",
-        action="store_true",
-        help="test this tool: a clean run must pass, and a leak must be found; takes"
-        " half a minute",
-    )
-    add("--leak", choices=LEAKS, help=argparse.SUPPRESS)
+def _number(text: str, low: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= 1e8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} on")
+    return number
+
+
+def _positive(text: str) -> float:
+    return _number(text, 0.001)
+
+
+def _seconds(text: str) -> float:
+    return _number(text, 0)
+
+
+def _workers(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 64")
+    return int(text)
+
+
+# The options of the command line, as ``add_argument`` takes them.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "--seconds": {
+        "type": _positive,
+        "metavar": "N",
+        "help": "length of the run (default: 60)",
+    },
+    "--workers": {
+        "type": _workers,
+        "default": Options.workers,
+        "metavar": "K",
+        "help": "worker processes, 1 to 64 (default: 3)",
+    },
+    "--profile": {
+        "choices": PROFILES,
+        "default": Options.profile,
+        "help": "what the workers use (default: mixed)",
+    },
+    "--server": {
+        "choices": SERVERS,
+        "default": Options.server,
+        "help": "what starts the workers (default: fork)",
+    },
+    "--rate": {
+        "type": _positive,
+        "default": Options.rate,
+        "metavar": "R",
+        "help": "operations per second, of all workers together (default: 1000)",
+    },
+    "--kill-every": {
+        "type": _seconds,
+        "default": Options.kill_every,
+        "metavar": "S",
+        "help": "SIGKILL a worker every S seconds (default: 0, never)",
+    },
+    "--recycle-every": {
+        "type": _seconds,
+        "default": Options.recycle_every,
+        "metavar": "S",
+        "help": "end a worker in good order every S seconds (default: 0, never)",
+    },
+    "--seed": {
+        "type": int,
+        "default": Options.seed,
+        "metavar": "X",
+        "help": "what the random choices start from (default: 1)",
+    },
+    "--trace": {
+        "metavar": "FILE",
+        "help": (
+            "take the keys from an access trace: numbers, one a line (.gz or plain),"
+            " or 32-bit big-endian (.xz); default: Zipf's law"
+        ),
+    },
+    "--pid": {
+        "type": int,
+        "metavar": "MASTER",
+        "help": (
+            "start no workers: watch this gunicorn or uWSGI master and its workers,"
+            " until it ends, or Ctrl-C, or for --seconds"
+        ),
+    },
+    "--warm-up": {
+        "type": _seconds,
+        "metavar": "S",
+        "help": (
+            "seconds of the run, and of each worker's life, that are not judged"
+            " (default: 30; at most a quarter of the run or a third of a worker's life)"
+        ),
+    },
+    "--interval": {
+        "type": _positive,
+        "default": Options.interval,
+        "metavar": "S",
+        "help": "seconds from sample to sample (default: 1)",
+    },
+    "--tolerance": {
+        "type": _positive,
+        "default": Options.tolerance,
+        "metavar": "KIB",
+        "help": (
+            "a process leaks if its memory grows by more over the window"
+            " (default: 1024)"
+        ),
+    },
+    "--html": {
+        "metavar": "PATH",
+        "help": "write a report with plots to this file",
+    },
+    "--json": {
+        "metavar": "PATH",
+        "help": "write verdict and samples to this file; - is standard output",
+    },
+    "--self-test": {
+        "action": "store_true",
+        "help": (
+            "test this tool: a clean run must pass, and a leak must be found; takes"
+            " half a minute"
+        ),
+    },
+    "--leak": {
+        "choices": LEAKS,
+        "help": argparse.SUPPRESS,
+    },
+}
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The parser of a soak; ``prog`` is the name of the command."""
     made = Parser(prog=prog, description=DESCRIPTION)
-    add_options(made)
+    for flag, settings in _ARGUMENTS.items():
+        made.add_argument(flag, **settings)
     return made
 
 
@@ -260,27 +285,3 @@ def _refuse_folder(option: str, path: Path) -> None:
             f"{option} {path}: cannot be written there: name a file in an existing"
             " folder"
         )
-
-
-def _number(text: str, low: float) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not low <= number <= 1e8:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} on")
-    return number
-
-
-def _positive(text: str) -> float:
-    return _number(text, 0.001)
-
-
-def _seconds(text: str) -> float:
-    return _number(text, 0)
-
-
-def _workers(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 64:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 64")
-    return int(text)
