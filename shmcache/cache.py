@@ -48,11 +48,13 @@ from shmcache._engine import (
 )
 from shmcache._format import check as _check
 from shmcache._format import layout as L
-from shmcache._process.attachment import Attachment, mutex
+from shmcache._process.attachment import Attachment
+from shmcache._process.lockfile import mutex
 from shmcache._process.sweeper import sweeper
 from shmcache._recipes.memoize import Memoized
 from shmcache._recipes.single_flight import Flight
-from shmcache._segment.create import Names, Settings
+from shmcache._segment.names import Names
+from shmcache._segment.settings import Settings
 from shmcache.errors import (
     CacheClosed,
     ConfigMismatch,
@@ -719,8 +721,18 @@ class Cache(Slab):
             self._attachment.count(L.R_SWEEP_BUCKETS + bucket)
         return removed
 
-    def _tend(self, budget: float) -> float:
-        # What the sweeper does: expired entries, our noted hits, dead workers' rows.
+    def tend(self, budget: float) -> float:
+        """Do what the sweeper's thread does for a cache from time to time.
+
+        It removes expired entries, applies the recency buffer of this process, and
+        reaps the rows of dead workers.
+
+        Args:
+            budget: Seconds that it may take, about.
+
+        Returns:
+            Seconds until it wants to be called again.
+        """
         self._require_open()
         self._heed_log_level()
         self._flush_touches()

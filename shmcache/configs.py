@@ -522,8 +522,8 @@ class ConfigCache(Component):
                 self._listeners.discard(group.key)
         return True
 
-    def _tend(self, _: float) -> float:
-        # What the sweeper's thread does, again and again.
+    def tend(self, _: float) -> float:
+        """Do what the sweeper's thread does for a map; in how many seconds again."""
         if self._here.pid != os.getpid():
             return IDLE  # forked, and not yet used here
         self._look(self._here)

@@ -43,8 +43,9 @@ from shmcache._arguments import Ttl, check_callable, check_count
 from shmcache._engine import MISSING, HandleCodec, decode_key, encode_key
 from shmcache._format import layout as L
 from shmcache._format.layout import Cause
-from shmcache._process import attachment as _workers
 from shmcache._process.callbacks import Callbacks
+from shmcache._process.exit import before_leaving
+from shmcache._process.lockfile import mutex
 from shmcache._process.sweeper import sweeper
 from shmcache._process.uwsgi import threads_run
 from shmcache.cache import Cache
@@ -295,7 +296,7 @@ class HandleMap:
             if not threads_run():
                 self._deliver(local)
             return local
-        with _workers.mutex():
+        with mutex():
             if self._local.token == token:
                 return self._local
             _graveyard.append((self._local, self._callbacks))
@@ -321,8 +322,8 @@ class HandleMap:
         kind, data = encode_key(key)
         return local.token.to_bytes(8, "big") + bytes((kind,)) + data
 
-    def _tend(self, _: float) -> float:
-        # What the sweeper's thread does, again and again.
+    def tend(self, _: float) -> float:
+        """Do what the sweeper's thread does for a map; in how many seconds again."""
         if self._local.token != self._registry._attachment.token:
             return IDLE  # forked, and not yet used here
         local = self._local
@@ -940,4 +941,4 @@ def _close_maps() -> None:
             open_map.close()
 
 
-_workers.before_leaving.append(_close_maps)
+before_leaving(_close_maps)

@@ -4,7 +4,7 @@ Problem: each worker has its own SDK and exporter, and the counts are those of t
 If all workers reported them, a backend that sums over workers would show a multiple.
 
 Mechanism: the workers elect a reporter by a kernel lock on one byte of the cache's lock
-file (see _process/attachment.py).  The process that holds the lock reports the cache,
+file (see _process/election.py).  The process that holds the lock reports the cache,
 and all others observe nothing.  Each cache has an election of its own.
 
 Death in the middle: the kernel drops the lock of a dead reporter, and the next worker
@@ -46,7 +46,7 @@ from shmcache._observe.measures import (
     Reading,
     registries,
 )
-from shmcache._process.attachment import REPORTER, elected, resign
+from shmcache._process.election import Office, elected, resign
 from shmcache._version import __version__
 
 if TYPE_CHECKING:
@@ -156,12 +156,12 @@ class Instrumentation:
 def _elected(cache: Cache) -> bool:
     # Whether this process holds the reporter's lock; takes it if nobody does.  A closed
     # cache passes, so that the reader logs why it is not reported.
-    return cache.closed or elected(cache.internals.attachment, REPORTER)
+    return cache.closed or elected(cache.internals.attachment, Office.REPORTER)
 
 
 def _resign(cache: Cache) -> None:
     if not cache.closed:
-        resign(cache.internals.attachment, REPORTER)
+        resign(cache.internals.attachment, Office.REPORTER)
 
 
 class _Round(threading.local):

@@ -140,7 +140,14 @@ class Tracer:
     A line is one the first time that it is reached: loops go over a thousand rows.
     """
 
-    FILES = frozenset({"_segment/create.py", "_process/attachment.py", "cache.py"})
+    FILES = frozenset(
+        {
+            *("_segment/block.py", "_segment/create.py", "_segment/header.py"),
+            *("_segment/names.py", "_segment/semaphores.py", "_segment/settings.py"),
+            *("_process/attachment.py", "_process/exit.py", "_process/lockfile.py"),
+            *("_process/rows.py", "cache.py"),
+        }
+    )
 
     def __init__(self, fuse: Fuse) -> None:
         self._fuse = fuse

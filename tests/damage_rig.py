@@ -27,7 +27,7 @@ import shmcache.handles
 from shmcache._format import check as _check
 from shmcache._format import layout as L
 from shmcache._process import sweeper as _sweeper
-from shmcache._segment.create import Names
+from shmcache._segment.names import Names
 from shmcache.errors import ShmCacheError
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ class Rounds:
             lambda _: cache.clear(prefix="key 1"),
             lambda _: len(cache),
             lambda _: cache.stats(),
-            lambda _: cache._tend(0.05),
+            lambda _: cache.tend(0.05),
         ]
 
     def use(self, rng: random.Random) -> None:
@@ -479,7 +479,7 @@ class RoundsOfHandles(Rounds):
             lambda key: key in self.map,
             lambda _: len(self.map),
             lambda _: self.map.stats(),
-            lambda _: self.map._tend(0),
+            lambda _: self.map.tend(0),
             lambda _: self.map.clear(),
         ]
 

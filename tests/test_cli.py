@@ -171,16 +171,16 @@ def test_clean_leaves_what_is_just_being_made(name: str) -> None:
         def clock() -> int:
             return 1
 
-        from shmcache._segment import create as _segment
+        from shmcache._segment import semaphores
 
-        make = _segment.make_semaphores
+        make = semaphores.make
 
         def pause(*arguments: Any) -> None:
             link.send("creating")
             link.recv()
             make(*arguments)
 
-        _segment.make_semaphores = pause  # type: ignore[assignment]
+        semaphores.make = pause  # type: ignore[assignment]
         Cache(name, max_entries=10, clock=clock).close()
 
     peer = Peer(create)

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import posix_ipc
 import psutil
 import pytest
-from crash_rig import SCENARIOS, Clock, Keys
+from crash_rig import SCENARIOS, Clock, Keys, Tracer
 from test_processes import (
     PATIENCE,
     SHM,
@@ -57,9 +57,9 @@ from shmcache import (
 from shmcache._engine.slab import Slab
 from shmcache._format import check as _check
 from shmcache._format import layout as L
-from shmcache._process import attachment as _workers
-from shmcache._segment import block as _block
-from shmcache._segment import create as _segment
+from shmcache._process import lockfile as _lockfile
+from shmcache._process.exit import leave_all
+from shmcache._process.rows import retire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -324,8 +324,9 @@ def test_3_row_handed_on_does_not_revive_a_dead_holder(
     writer.kill()
     attachment = cache._attachment
     assert attachment.reap() == 0  # for the one who takes over to say who died
-    with _workers.mutex(), attachment.admin():
-        attachment._fold((writer.token & 0xFFFF) - 1)  # a reaper that looked too early
+    with _lockfile.mutex(), attachment.admin():
+        # A reaper that looked too early.
+        retire(attachment.words, (writer.token & 0xFFFF) - 1)
 
     def take_row(link: Connection) -> None:
         mine = Cache.attach(cache.name)
@@ -744,8 +745,9 @@ def test_5_exception_while_coming_or_going(
     hinders nobody: others come and go although the process that was struck does
     nothing more, it can try again, and when it ends nothing is left of it."""
     act, there = MEMBERSHIP[what]
-    files = {module.__file__ for module in (_workers, _segment, _block)}
-    monkeypatch.setattr(_workers, "ADMIN_TIMEOUT", 5.0)
+    home = Path(shmcache.__file__).parent
+    files = {str(home / file) for file in Tracer.FILES - {"cache.py"}}
+    monkeypatch.setattr(_lockfile, "ADMIN_TIMEOUT", 5.0)
 
     def body(link: Connection) -> None:
         while numbered := link.recv():
@@ -764,7 +766,7 @@ def test_5_exception_while_coming_or_going(
                 again["again"] = n
                 assert again.check() == []
             del again
-            _workers.leave_all()
+            leave_all()
             link.send("gone")
 
     peer = Peer(body)
@@ -905,8 +907,8 @@ def admin_of(path: str) -> int | None:
         fd = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return None
-    asked = struct.pack(_workers._FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
-    answer = struct.unpack(_workers._FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    asked = struct.pack(_lockfile.FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+    answer = struct.unpack(_lockfile.FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
     os.close(fd)
     return answer[4] if answer[0] != fcntl.F_UNLCK else None
 

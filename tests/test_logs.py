@@ -16,6 +16,7 @@ import shmcache
 from shmcache import Cache, Cause, ConfigMismatch, HandleMap
 from shmcache._format import layout as L
 from shmcache._observe.stats_log import log_stats
+from shmcache._process.election import Office
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -265,10 +266,10 @@ def test_level_is_heeded_while_the_cache_is_open(
     cache["a"] = cache["b"] = 1
     assert records.of("evicted") == []
     LOGGER.setLevel(logging.DEBUG)
-    cache._tend(1.0)
+    cache.tend(1.0)
     cache["c"] = 1
     LOGGER.setLevel(logging.INFO)
-    cache._tend(1.0)
+    cache.tend(1.0)
     cache["d"] = 1
     assert [each["key"] for each in records.of("evicted")] == ["'b'"]
 
@@ -354,7 +355,7 @@ def test_log_stats_reads_nothing_when_switched_off(
         running.write()
         child = os.fork()
         if child == 0:
-            taken = cache._attachment.lease.holder(2) is not None
+            taken = cache._attachment.lockfile.office_holder(Office.LOGGER) is not None
             os._exit(taken)
         assert os.waitpid(child, 0)[1] == 0
         LOGGER.setLevel(logging.INFO)

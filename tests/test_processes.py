@@ -734,7 +734,7 @@ def test_exec_leaves_the_cache(name: str, make_cache: Callable[..., Cache]) -> N
     cache["b"] = os.getpid()
     again = (
         "import os, sys; from shmcache import Cache; cache = Cache.attach(sys.argv[1]);"
-        " cache.incr('b', 0); cache._tend(1);"
+        " cache.incr('b', 0); cache.tend(1);"
         " print(cache['a'], cache['b'] == os.getpid(), len(cache._attachment.tokens()))"
     )
     os.execv(sys.executable, [sys.executable, "-c", again, sys.argv[1]])

@@ -22,8 +22,8 @@ from typing import Self
 
 from shmcache._format import check as _check
 from shmcache._format import layout as L
-from shmcache._segment import create as _segment
-from shmcache._segment.create import Header, Names
+from shmcache._segment.header import Header, read_header, read_settings
+from shmcache._segment.names import Names, open_own
 from shmcache.errors import SegmentCorrupt, SegmentNotFound
 
 
@@ -45,7 +45,7 @@ class MappedSegment:
     def __init__(self, name: str) -> None:
         self.names = Names.of(name)
         try:
-            fd = _segment.open_own(
+            fd = open_own(
                 self.names.segment_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
             )
         except FileNotFoundError:
@@ -75,7 +75,7 @@ class MappedSegment:
 
     def _read_header(self) -> tuple[Header, str]:
         try:
-            return _segment.read_header(self.names, self.bytes), ""
+            return read_header(self.names, self.bytes), ""
         except SegmentCorrupt as error:
             # Four numbers determine the geometry.  If they make sense, the shards can
             # be read whatever else is wrong with the header.
@@ -84,7 +84,7 @@ class MappedSegment:
             if known != (L.MAGIC, L.FORMAT) or not plan.usable:
                 raise
             header = Header(
-                settings=_segment.read_settings(self.bytes),
+                settings=read_settings(self.bytes),
                 geometry=plan.geometry,
                 name=self.names.cache,
                 seed=plan.seed,

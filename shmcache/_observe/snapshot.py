@@ -27,13 +27,10 @@ from shmcache._format import layout as L
 from shmcache._format.fields import generation_of, row_of
 from shmcache._format.seqlock import stable_read
 from shmcache._observe.records import Entry, RecordReader
-from shmcache._process.attachment import (
-    _ROW,
-    Lease,
-    _attachments,
-    sum_counters,
-)
-from shmcache._segment import create as _segment
+from shmcache._process.attachment import of_this_process
+from shmcache._process.lockfile import LockFile
+from shmcache._process.rows import sum_counters
+from shmcache._segment.names import open_own
 from shmcache.errors import SegmentCorrupt, SegmentRefused
 from shmcache.stats import Stats
 
@@ -55,12 +52,15 @@ class Undecoded(NamedTuple):
 
 
 class SegmentStats(NamedTuple):
-    """What a cache did, and for which shards that is not of one moment."""
+    """What a cache did, and which of these numbers are not of one moment."""
 
     stats: Stats
     # Shards with a writer inside for the whole time of the look, whose words may be
     # half changed.
     unstable: tuple[int, ...]
+    # Whether the sums over the workers are exact.  If not, rows were retired all the
+    # time, and a worker may be missing or counted twice.
+    exact: bool
 
 
 class Worker(NamedTuple):
@@ -100,31 +100,31 @@ class Segment(RecordReader):
     """
 
     def __init__(self, name: str) -> None:
-        self._lease: Lease | None = None
+        self._lock_file: LockFile | None = None
         super().__init__(name)
         try:
-            self._lease, self._ours = self._open_lock_file()
+            self._lock_file, self._ours = self._open_lock_file()
         except BaseException:
             self.close()
             raise
 
-    def _open_lock_file(self) -> tuple[Lease | None, int]:
+    def _open_lock_file(self) -> tuple[LockFile | None, int]:
         # Returns the token of this process as well, or 0 if it is not attached.
         try:
-            lease = Lease.open(self.names, self, create=False)
+            lock_file = LockFile.open(self.names, self, create=False)
         except FileNotFoundError:
             return None, 0
         except SegmentRefused as error:
             self.trouble = self.trouble or str(error)
             return None, 0
-        attachment = _attachments.get(self.names.segment)
-        return lease, attachment.token if attachment else 0
+        attachment = of_this_process(self.names)
+        return lock_file, attachment.token if attachment else 0
 
     def close(self) -> None:
         """Release the mapping and the lock file."""
         super().close()
-        if self._lease is not None:
-            self._lease.close(self)
+        if self._lock_file is not None:
+            self._lock_file.close(self)
 
     # --- counts ---------------------------------------------------------------------
 
@@ -134,15 +134,16 @@ class Segment(RecordReader):
         ``compiled`` is that of this process, as the segment does not know it.
         """
         copies = [self._shard_words(shard) for shard in self.shards]
+        counters, exact = sum_counters(self.w64)
         stats = Stats.of(
             self.header,
             [words for words, _ in copies],
-            sum_counters(self.w64),
+            counters,
             recovered=self.w64[L.H_RECOVERED],
             workers=sum(worker.alive for worker in self.workers()),
         )
         unstable = [shard for shard, (_, stable) in enumerate(copies) if not stable]
-        return SegmentStats(stats, tuple(unstable))
+        return SegmentStats(stats, tuple(unstable), exact)
 
     def _shard_words(self, shard: int) -> tuple[tuple[int, ...], bool]:
         # The words up to the counters' end, and whether they are of one moment.
@@ -180,9 +181,9 @@ class Segment(RecordReader):
         # The PID of the process that lives in a row, None if it is dead.
         if self._ours and row_of(self._ours) == row:
             return os.getpid()
-        if self._lease is None:
+        if self._lock_file is None:
             return None
-        return self._lease.holder(_ROW + row)
+        return self._lock_file.row_holder(row)
 
     def inside(self) -> Iterator[Inside]:
         """The shards with a writer inside, or with threads that wait for the lock."""
@@ -198,7 +199,7 @@ class Segment(RecordReader):
         # How many threads sleep on a shard's semaphore; 0 if that is unknown.
         with contextlib.suppress(OSError, SegmentRefused):
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = _segment.open_own(self.names.semaphore_path(shard), flags)
+            fd = open_own(self.names.semaphore_path(shard), flags)
             try:
                 data = os.pread(fd, 8, 0)
             finally:

@@ -3,8 +3,8 @@
 Problem: the counts are those of the whole host, so if every worker logged them, each
 line would stand in the log once for each worker.
 
-Mechanism: the process that holds the kernel lock on one byte of the cache's lock file
-logs the cache (see _process/attachment.py); the others ask for the lock each time.
+Mechanism: the process that is elected logs the cache: it holds the kernel lock on one
+byte of the lock file (see _process/election.py).  The others ask for it each time.
 Each process that called ``log_stats()`` has a daemon thread for it.  That is not the
 sweeper's thread, because a slow log handler must not delay the sweeper.
 
@@ -27,7 +27,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
 from shmcache._observe.measures import Reader, Reading, registries
-from shmcache._process.attachment import LOGGER, elected, resign
+from shmcache._process.election import Office, elected, resign
 from shmcache._process.uwsgi import threads_run
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class StatsLog:
             still = {name for other in list(_running) for name in other.caches}
             for name, cache in self.caches.items():
                 if not cache.closed and name not in still:
-                    resign(cache.internals.attachment, LOGGER)
+                    resign(cache.internals.attachment, Office.LOGGER)
 
     def __enter__(self) -> Self:
         return self
@@ -144,7 +144,7 @@ class StatsLog:
         for name, cache in self.caches.items():
             if cache.closed:
                 continue
-            if elected(cache.internals.attachment, LOGGER):
+            if elected(cache.internals.attachment, Office.LOGGER):
                 reading = self._reader.read(name)
                 if reading is not None:
                     self._write(reading)

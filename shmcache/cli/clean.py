@@ -4,7 +4,7 @@ Problem: crashes leave files behind.  These must be distinguished from the files
 of caches in use, and from files that are not safely ours, whatever their contents.
 
 Mechanism: nothing here attaches to a segment or trusts its header.  A cache is in use
-if a process holds a lock on its lock file (see _process/attachment.py).  Files are
+if a process holds a lock on its lock file (see _process/lockfile.py).  Files are
 removed under the admin lock, which a creator holds as well: so a cache that is just
 being created counts as in use.
 
@@ -22,10 +22,15 @@ from dataclasses import dataclass
 from shmcache._format import check as _check
 from shmcache._format import layout as L
 from shmcache._format.seqlock import stable_read
-from shmcache._process.attachment import _ADMIN, Lease, mutex
-from shmcache._segment import create as _segment
-from shmcache._segment.create import SHM_DIR, Names
-from shmcache.errors import SegmentNotFound, SegmentRefused, ShmCacheError
+from shmcache._process.lockfile import LockFile, mutex
+from shmcache._segment.create import remove as remove_segment
+from shmcache._segment.names import LOCK_SUFFIX, SHM_DIR, Names, open_own
+from shmcache.errors import (
+    LockTimeout,
+    SegmentNotFound,
+    SegmentRefused,
+    ShmCacheError,
+)
 
 # Attempts to copy a shard that is written to, and seconds between two of them.
 ATTEMPTS = 500
@@ -64,7 +69,7 @@ def _cache_of(entry: str) -> str:
         head, _, shard = entry.removeprefix(f"sem.{ours}").rpartition(".")
         name = head if shard.isdecimal() else ""
     elif entry.startswith(ours):
-        name = entry.removeprefix(ours).removesuffix(".lease")
+        name = entry.removeprefix(ours).removesuffix(LOCK_SUFFIX)
     try:
         return Names.of(name).cache
     except ValueError:
@@ -88,15 +93,15 @@ def _look(name: str, files: list[str]) -> Found:
 def _in_use(names: Names) -> bool:
     # The holder of the admin lock may be creating the cache, so that counts as well.
     try:
-        with Lease.opened(names, create=False) as lock_file:
-            return lock_file.in_use() or lock_file.holder(_ADMIN) is not None
+        with LockFile.opened(names, create=False) as lock_file:
+            return lock_file.in_use() or lock_file.admin_held()
     except FileNotFoundError:
         return False
 
 
 def _persists(names: Names) -> bool:
     try:
-        fd = _segment.open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     try:
@@ -128,25 +133,27 @@ def remove(name: str, *, force: bool = False) -> bool:
         LockTimeout: With ``force``, another process held the admin lock for too long.
     """
     names = Names.of(name)
-    with mutex(), Lease.opened(names) as lock_file:
-        if force:
-            lock_file.wait(_ADMIN, f"cache {name!r}")
-        elif not lock_file.try_lock(_ADMIN):
-            return False
-        try:
+    try:
+        with (
+            mutex(),
+            LockFile.opened(names) as lock_file,
+            lock_file.admin(f"cache {name!r}", timeout=None if force else 0),
+        ):
             # If the file no longer has the name, another process has removed the cache
             # since, and may have created a new one.
             if not lock_file.current() or (lock_file.in_use() and not force):
                 return False
-            _segment.remove(names)
+            remove_segment(names)
             os.unlink(names.lock_path)
-        except IsADirectoryError as error:
-            raise SegmentRefused(
-                f"{names.segment_path} is a directory and so none of a cache's files:"
-                " find out who put it there, and remove it"
-            ) from error
-        finally:
-            lock_file.unlock(_ADMIN)
+    except LockTimeout:
+        if force:
+            raise
+        return False
+    except IsADirectoryError as error:
+        raise SegmentRefused(
+            f"{names.segment_path} is a directory and so none of a cache's files:"
+            " find out who put it there, and remove it"
+        ) from error
     return True
 
 
@@ -168,7 +175,7 @@ def check(name: str) -> list[str]:
     """
     names = Names.of(name)
     try:
-        fd = _segment.open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise SegmentNotFound(
             f"there is no cache named {name!r} of user {os.geteuid()}; shmcache ls"
@@ -224,7 +231,7 @@ def _locked_copy(name: str, shard: int, size: int) -> bytes | None:
     # what the dead have left, because that would take the cache into use.
     from shmcache.cache import Cache
 
-    with Lease.opened(Names.of(name), create=False) as lock_file:
+    with LockFile.opened(Names.of(name), create=False) as lock_file:
         if not lock_file.in_use():
             return None
         try:

@@ -134,7 +134,7 @@ def _stats(options: argparse.Namespace) -> int:
         trouble = segment.trouble
     if options.json:
         more = {"settings": settings, "inside": inside, "trouble": trouble}
-        print_json({**stats, **more, "unstable": read.unstable})
+        print_json({**stats, **more, "unstable": read.unstable, "exact": read.exact})
     else:
         _print_stats(stats, settings)
         for one in inside:
@@ -144,6 +144,8 @@ def _stats(options: argparse.Namespace) -> int:
                 f"shard {shard}: its counts are not of one moment, as a writer was"
                 " inside all the time"
             )
+        if not read.exact:
+            print("hits, misses, sweeps and callbacks are not exact: workers ended")
         if trouble:
             print(trouble)
     return NO if trouble else 0

@@ -85,7 +85,7 @@ class Command:
 
 
 def _cache_name(text: str) -> str:
-    from shmcache._segment.create import Names
+    from shmcache._segment.names import Names
 
     try:
         return Names.of(text).cache

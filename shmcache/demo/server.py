@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 import psutil
 
-from shmcache._segment.create import SHM_DIR
+from shmcache._segment.names import SHM_DIR
 from shmcache.demo import hooks
 from shmcache.demo.stop import TICK, StopRequest
 from shmcache.errors import ShmCacheError

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from shmcache._segment.create import SHM_DIR
+from shmcache._segment.names import SHM_DIR
 from shmcache.cache import Cache
 from shmcache.demo.progress import progress
 from shmcache.demo.stop import Stopped, StopRequest

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from shmcache._segment.create import SHM_DIR
+from shmcache._segment.names import SHM_DIR
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
