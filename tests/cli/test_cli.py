@@ -749,7 +749,7 @@ def test_number_is_seen_while_it_is_overwritten(
         assert old
         at = base + (segment.header.geometry.records_at + L.RECORD * old.slot) // 8
         value = (42).to_bytes(8, "little")
-        block = segment._places(old, True)[0][0] + old.key_len
+        block = segment.places(old, values=True)[0][0] + old.key_len
         place = cache._attachment.block.view[block : block + 8]
         stores: list[Callable[[], None]] = [
             lambda: words.__setitem__(base + L.S_REDO_VERSION, old.version + 2),
