@@ -344,6 +344,7 @@ def test_another_worker_evicts(name: str) -> None:
         } == one.call(app.ended)
 
 
+@pytest.mark.slow
 def test_every_span_is_ended_once(name: str) -> None:
     """After a storm of starts, evictions, clears, forks and a kill, each span of each
     living worker was exported once: finished, or with the cause of its eviction."""

@@ -635,6 +635,7 @@ def same(text: str) -> Samples:
     return {each: found[each] for each in found if not each[0].startswith(own)}
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 @pytest.mark.parametrize("options", [(), ("--preload",)])
 def test_any_worker_tells_the_totals_of_the_host(
@@ -673,6 +674,7 @@ def test_any_worker_tells_the_totals_of_the_host(
         server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_counters_never_fall_while_workers_are_recycled(
     served: str, make_cache: Callable[..., Cache]

@@ -891,6 +891,7 @@ def named(prefix: str, before: int) -> dict[int, str]:
     return names
 
 
+@pytest.mark.slow
 def test_every_bit_of_the_header() -> None:
     """Every flipped bit of the header is noticed, where not every value is possible."""
     data = sound().data
@@ -971,6 +972,7 @@ def test_every_bit_of_buckets_and_links() -> None:
     assert unnoticed(copy, words, findings) == {"link of no used block"}
 
 
+@pytest.mark.slow
 def test_every_bit_of_the_records() -> None:
     """Every flipped bit of a live record is noticed, but the few that may change."""
     segment = sound()

@@ -438,6 +438,7 @@ def test_bytes_that_decode_are_those_of_the_key(kind: int, data: bytes) -> None:
 # --- values: the msgpack codec ----------------------------------------------------
 
 
+@pytest.mark.slow
 @given(values)
 @settings(max_examples=200)
 @example(math.nan)
@@ -455,6 +456,7 @@ def test_value_comes_back(value: Any) -> None:
     assert exact(value) == exact(back(MSGPACK, value))
 
 
+@pytest.mark.slow
 @given(values)
 def test_both_modes_write_the_same_bytes(value: Any) -> None:
     """Compiled and interpreted codec encode alike, and read each other's bytes."""
@@ -464,6 +466,7 @@ def test_both_modes_write_the_same_bytes(value: Any) -> None:
     assert exact(value) == exact(interpreted.decode_tagged(twin, tag, data))
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         st.none()
@@ -596,6 +599,7 @@ def test_deepest_value_is_accepted_and_no_deeper_one(kind: type) -> None:
         MSGPACK.encode((nested(kind, MAX_DEPTH), {1}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [100_000, 1_000_000])
 def test_any_depth_is_refused_in_peace(levels: int) -> None:
     """However deep a value is, it is refused, and the C stack holds."""
@@ -751,6 +755,7 @@ def test_finalizer_that_encodes_disturbs_nothing() -> None:
     assert len(ran) == 300
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_all_holds_with_msgpack_in_python() -> None:
     """Where msgpack has no C code, threads can switch inside of it, to no harm."""

@@ -405,6 +405,7 @@ def test_stats_are_those_of_the_cache(make_cache: Callable[..., Cache]) -> None:
     assert f"hits           {hits} of {lookups} (" in text
 
 
+@pytest.mark.slow
 def test_keys_are_shown_as_they_are_asked_for(make_cache: Callable[..., Cache]) -> None:
     """Each line of `keys` is a key that `get --type json` finds, whatever its type."""
     cache = make_cache(max_entries=100)
@@ -444,6 +445,7 @@ def test_keys_by_prefix_and_number(make_cache: Callable[..., Cache]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_get(make_cache: Callable[..., Cache]) -> None:
     """A str is printed as it is, all else as Python writes it, or as JSON, or raw."""
     cache = make_cache(max_entries=100)
@@ -493,6 +495,7 @@ class Reversing:
         return data.decode()[::-1]
 
 
+@pytest.mark.slow
 def test_codecs_that_are_not_decoded(make_cache: Callable[..., Cache]) -> None:
     """Of a codec that is unknown, or runs code, the bytes are shown; simple values that
     have tags of their own are decoded; such caches can be cleared."""
@@ -598,6 +601,7 @@ def test_handles_of_the_dead_are_shown_as_such(name: str) -> None:
 # --- writing ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_set_and_delete(make_cache: Callable[..., Cache]) -> None:
     """What is set is what a process of the cache finds, with its TTL; what is deleted
     is gone; both say what they did."""
@@ -775,6 +779,7 @@ def test_number_is_seen_while_it_is_overwritten(
         place.release()
 
 
+@pytest.mark.slow
 @pytest.mark.damaged
 def test_a_writer_who_does_not_come_out(make_cache: Callable[..., Cache]) -> None:
     """Beside one who stands still inside a shard all can be seen, and that he is there,
@@ -871,6 +876,7 @@ def test_damage_of_the_header_is_told_and_the_rest_shown(
     place.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_any_bytes_are_looked_at_without_harm(
     seed: int, name: str, handles: HandleMap, capsys: pytest.CaptureFixture[str]
@@ -1086,6 +1092,7 @@ def in_shell(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_completion_in_bash(make_cache: Callable[..., Cache], in_path: None) -> None:
     """Commands, options, their choices and the names of caches are completed."""
     name = make_cache(max_entries=10).name

@@ -114,6 +114,7 @@ def finished(
 Finished = tuple[subprocess.CompletedProcess[str], dict[str, Any], int]
 
 
+@pytest.mark.slow
 @needs_gunicorn
 @pytest.mark.servers
 class TestFinished:
@@ -174,6 +175,7 @@ class TestFinished:
         assert left_in_shm(pid) == []
 
 
+@pytest.mark.slow
 @needs_gunicorn
 @pytest.mark.servers
 @pytest.mark.parametrize("moment", [DICTS, SHARED])
@@ -193,6 +195,7 @@ def test_stopped_demo_leaves_nothing(how: str, moment: str) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @needs_gunicorn
 @pytest.mark.servers
 def test_killed_demo_takes_its_workers_along() -> None:
@@ -207,6 +210,7 @@ def test_killed_demo_takes_its_workers_along() -> None:
     assert left_in_shm(process.pid) == []
 
 
+@pytest.mark.slow
 @needs_gunicorn
 @pytest.mark.servers
 def test_serve() -> None:
@@ -235,6 +239,7 @@ def test_serve() -> None:
     assert left_in_shm(process.pid) == []
 
 
+@pytest.mark.slow
 @needs_gunicorn
 @pytest.mark.servers
 def test_two_demos_at_once() -> None:

@@ -42,6 +42,8 @@ from shmcache._format import layout as L
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.slow
+
 ABSENT = "absent"
 FOR_EVER = 1_000_000
 # Nobody waits longer for a lock because its holder died; else LockTimeout is raised.

@@ -18,6 +18,8 @@ import damage_rig
 import pytest
 from amounts import DAMAGES
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("SHMCACHE_SEED", "1"))
 # Segments in use are the cheap ones; those at rest are attached to anew each time.
 BATCHES = [("used", batch) for batch in range(10)] + [("at rest", 0), ("handles", 0)]

@@ -750,6 +750,7 @@ MEMBERSHIP: dict[str, tuple[Callable[[str], object], bool]] = {
 PERSISTENT: dict[str, Any] = {"max_entries": 10, "persist": True}
 
 
+@pytest.mark.slow
 @pytest.mark.once
 @pytest.mark.parametrize("what", MEMBERSHIP)
 def test_5_exception_while_coming_or_going(
@@ -944,6 +945,7 @@ def kill_a_creator(name: str, alive: set[int], told: int, random: Random) -> set
     raise TimeoutError("nobody has the admin lock, and not all have attached")
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_6_creators_killed_at_random(new_name: Callable[[], str]) -> None:
     """Of 50 processes that create a cache at once, one to three are killed while they
@@ -1622,6 +1624,7 @@ def test_12_spare_permits_let_nobody_in_twice(
     assert cache.check() == []
 
 
+@pytest.mark.slow
 def test_12_nobody_starves(make_cache: Callable[..., Cache]) -> None:
     """Of eight processes that hammer one shard each gets its turns, and none is made
     to wait a quarter of a second while the others take theirs.

@@ -64,6 +64,7 @@ with Cache(name, max_entries=100) as cache:
 """
 
 
+@pytest.mark.slow
 def test_close_beside_a_thread_that_writes(name: str) -> None:
     """A thread in the midst of writes is told that another has closed the cache, at
     whatever moment; nothing crashes, and nothing is left."""
@@ -106,6 +107,7 @@ def test_counters_add_up_over_processes_and_threads(
     assert 2 * 8 * INCREMENTS == sum(cache.get_many([0, 1, 2]).values())
 
 
+@pytest.mark.slow
 def test_fork_from_a_thread_while_others_write(
     make_cache: Callable[..., Cache],
 ) -> None:
@@ -720,6 +722,7 @@ def test_leftovers_of_killed_users_are_replaced(name: str) -> None:
 # --- many at once ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fifty_processes_start_at_once(new_name: Callable[[], str]) -> None:
     """They make one segment between them, without an error, and the last one of them
     removes it, many times over."""
@@ -810,6 +813,7 @@ def whole(key: str, value: Any) -> bool:
     return bool(value.startswith(PREFIX[key]) and zlib.crc32(value) == SEALED)
 
 
+@pytest.mark.slow
 def test_no_torn_or_foreign_value_in_a_million_reads(
     make_cache: Callable[..., Cache],
 ) -> None:
@@ -1029,6 +1033,7 @@ def test_close_in_the_middle_of_an_operation(
     assert names_of(name) == []
 
 
+@pytest.mark.slow
 def test_collector_closes_the_last_cache_while_a_new_one_opens(
     name: str,
 ) -> None:

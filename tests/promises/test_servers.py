@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.servers,
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/shm and /proc"),
 ]
 

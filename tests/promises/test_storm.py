@@ -23,6 +23,8 @@ from storm_rig import ROOMY, VARIANTS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("SHMCACHE_SEED", "0")) or secrets.randbits(32)
 
 

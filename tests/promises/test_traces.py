@@ -1,19 +1,21 @@
-"""Real access traces: hit by hit what an LRU of an OrderedDict does.
+"""Access traces: the cache hits exactly when an LRU made of an OrderedDict hits.
 
-The traces are published ones of real systems and are not part of the repository.
-They are looked for in ``$SHMCACHE_TRACES``, then in ``shared/traces`` beside or above
-the tests.
+Two traces are made here.  The others are published ones of real systems and are not
+part of the repository: they are looked for in ``$SHMCACHE_TRACES``, then in
+``shared/traces`` beside or above the tests, and skipped if they are nowhere.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import lzma
 import os
 from array import array
 from collections import OrderedDict
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -61,6 +63,31 @@ def accesses(path: Path) -> Iterator[int]:
             yield from (int(line) for line in lines if "*" not in line)
 
 
+def skewed() -> Iterator[int]:
+    """Few objects are asked for often, many rarely; which ones changes slowly."""
+    random = Random(1)
+    for n in itertools.count():
+        yield int(random.paretovariate(0.6)) % 50_000 + n // 500
+
+
+def loops() -> Iterator[int]:
+    """Walks around in circles of several sizes: what an LRU is worst at."""
+    random = Random(2)
+    while True:
+        first, size = random.randrange(30_000), random.choice([30, 60, 900, 1_200])
+        for _ in range(random.randint(2, 5)):
+            yield from range(first, first + size)
+
+
+MADE = {"skewed": skewed, "loops": loops}
+
+
+def trace_of(name: str) -> list[int]:
+    """The first accesses of a trace; skips if it is a real one and not here."""
+    numbers = MADE[name]() if name in MADE else accesses(folder() / name)
+    return list(islice(numbers, ACCESSES))
+
+
 def reference(trace: list[int], capacity: int) -> list[bool]:
     """Which accesses an exact LRU of this capacity has in stock."""
     stock: OrderedDict[int, None] = OrderedDict()
@@ -75,12 +102,12 @@ def reference(trace: list[int], capacity: int) -> list[bool]:
 
 
 @pytest.mark.parametrize("capacity", [50, 1000, 20_000])
-@pytest.mark.parametrize("name", TRACES)
+@pytest.mark.parametrize("name", [*MADE, *TRACES])
 def test_hits_are_those_of_an_lru(
     make_cache: Callable[..., shmcache.Cache], name: str, capacity: int
 ) -> None:
     """Access by access a cache of one shard hits when an exact LRU does."""
-    trace = list(islice(accesses(folder() / name), ACCESSES))
+    trace = trace_of(name)
     assert len(trace) > ACCESSES // 10
     expected = reference(trace, capacity)
     cache = make_cache(max_entries=capacity, max_bytes=64 * capacity, shards=1)
@@ -95,6 +122,8 @@ def test_hits_are_those_of_an_lru(
     stats = cache.stats()
     assert (stats.hits, stats.misses) == (sum(expected), len(trace) - sum(expected))
     assert stats.entries == min(capacity, len(set(trace)))
+    if name in MADE:
+        assert min(stats.hits, stats.misses) > 0
 
 
 def test_a_trace_is_read_as_it_was_written() -> None:

@@ -313,6 +313,7 @@ def test_a_workers_row_says_what_it_has_open(
         assert ledger.final_findings(stats, died=0, uncertain=1) == []
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_handles_balance_over_violent_deaths() -> None:
     """With workers killed several times a second, opened = closed + died, exactly."""
@@ -341,6 +342,7 @@ def test_handles_balance_over_violent_deaths() -> None:
 # --- runs -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_the_self_test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     """A clean run with deaths is flat, a leaking one is caught, and the code is 0."""
@@ -351,6 +353,7 @@ def test_the_self_test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a leak is found, and only a leak" in out
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 @pytest.mark.parametrize("leak", ["descriptors", "threads"])
 def test_a_leak_ends_in_exit_code_1(
@@ -377,6 +380,7 @@ def test_a_leak_ends_in_exit_code_1(
     assert len(written["samples"]) == len(record.samples)
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_a_gunicorn_is_run_and_reported(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -418,6 +422,7 @@ def test_a_gunicorn_is_run_and_reported(
     assert sample["caches"]["cache"]["slots_lost"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_a_running_tree_is_watched_and_left_alone(
     capsys: pytest.CaptureFixture[str],
@@ -493,6 +498,7 @@ def test_nothing_is_left_behind_when_it_is_stopped(signum: signal.Signals) -> No
         assert "stopped early" in out
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
     """A closed pipe is no traceback: code 141, and nothing is left behind."""
@@ -509,6 +515,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
     assert ours(soak.pid) == []
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_a_terminal_gets_a_live_line() -> None:
     """On a terminal the progress is drawn in place; the verdict follows it."""
