@@ -527,7 +527,7 @@ class ConfigCache(Component):
         if self._here.pid != os.getpid():
             return IDLE  # forked, and not yet used here
         self._look(self._here)
-        return LOOK if self._listeners._local.handles else IDLE
+        return LOOK if self._listeners._process.handles else IDLE
 
     def _look_here(self) -> None:
         # Where no sweeper looks.
@@ -628,9 +628,9 @@ class ConfigCache(Component):
 
     def _used(self, key: Any) -> None:
         # A worker that gets a key uses its watcher of it, and its listeners.
-        if self._watchers._local.handles:
+        if self._watchers._process.handles:
             self._watchers.get(key)
-        if self._listeners._local.handles:
+        if self._listeners._process.handles:
             self._listeners.get(key)
         self._look_here()
 
