@@ -125,9 +125,10 @@ class Delivery:
             head, messages = self._registry.read_mailbox(shard, self.read[shard])
             if messages is None:
                 return False
-            for owner, number, cause in messages:
+            for i in range(0, len(messages), 3):
+                owner, number, cause = messages[i : i + 3]
                 if owner == self._token and number in table.numbers:
-                    self.take_out(table.numbers[number], cause)
+                    self.take_out(table.numbers[number], _cause(cause))
             # Last: if the loop is interrupted, the messages are read again.
             self.read[shard] = head
         return True
@@ -275,3 +276,8 @@ class Delivery:
             "key": repr(record.key),
             "cause": cause,
         }
+
+
+def _cause(number: int) -> Cause:
+    # A damaged message has no valid cause; most often handles go for lack of room.
+    return Cause(number) if number < len(Cause) else Cause.CAPACITY

@@ -8,6 +8,7 @@ read.  ``Registry`` offers what handles.py and _delivery.py do with such entries
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,9 @@ class Registry(Cache):
         Raises:
             CacheClosed: ``close`` was called in this process.
         """
-        self._require_open()
+        # This is ``_require_open`` in place, as each call of a map begins here.
+        if self.closed or not self._is_joined():
+            self._enter_process()
         return self._attachment.token
 
     @property
@@ -205,34 +208,33 @@ class Registry(Cache):
         Args:
             read: The number of the first unread message, for each shard.
         """
-        geometry = self._attachment.header.geometry
-        words = self._attachment.words
+        words, heads_at = self._attachment.words, self._mailbox_heads_at
         return [
             shard
             for shard, next_message in enumerate(read)
-            if words[geometry.shard_at(shard) + L.S_MAILBOX_HEAD] != next_message
+            if words[heads_at[shard]] != next_message
         ]
 
-    def read_mailbox(
-        self, shard: int, since: int
-    ) -> tuple[int, list[tuple[int, int, Cause]] | None]:
+    @functools.cached_property
+    def _mailbox_heads_at(self) -> list[int]:
+        # If the segment is replaced under us, it is by one of the same geometry.
+        geometry = self._attachment.header.geometry
+        return [
+            geometry.shard_at(shard) + L.S_MAILBOX_HEAD
+            for shard in range(geometry.shards)
+        ]
+
+    def read_mailbox(self, shard: int, since: int) -> tuple[int, list[int] | None]:
         """The messages of a shard's mailbox from a number on, without the lock.
 
         Returns:
-            The number of the next message, and a list of (owner, number, cause).  None
-            stands for the list when messages have been overwritten, or may have been.
+            The number of the next message, and a flat list of owner, number and cause
+            of each.  None stands for the list when messages have been overwritten, or
+            may have been.
         """
-        head, flat = self._notices(shard, since)
-        if flat is None:
-            return head, None
-        owners, numbers, causes = flat[::3], flat[1::3], flat[2::3]
-        return head, list(zip(owners, numbers, map(_cause, causes), strict=True))
+        head, messages = self._notices(shard, since)
+        return head, messages
 
 
 def _owner_of(shared: bytes) -> int:
     return int.from_bytes(shared[:_TOKEN_BYTES], "big")
-
-
-def _cause(number: int) -> Cause:
-    # A damaged message has no valid cause; most often handles go for lack of room.
-    return Cause(number) if number < len(Cause) else Cause.CAPACITY

@@ -382,8 +382,8 @@ class ConfigCache(Component):
         # Under a key of its own, which is never stored: a configuration that is there
         # does not end the wait, as it may be too old for a reload.
         who = threading.get_ident()
-        flight = Flight(self._configs, ("\0load", key), who, timeout)
-        with flight.landing():
+        in_flight = self._configs.internals.in_flight
+        with Flight(in_flight, ("\0load", key), who, timeout) as flight:
             for pause in flight.pauses():
                 time.sleep(pause)
                 entry = self._configs.peek(key, MISSING)
