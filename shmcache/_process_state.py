@@ -66,6 +66,8 @@ class ProcessState(Table):
         self.freed = -1  # rows freed when the entries of the dead were last removed
         self.reaped_at = 0.0
         self._registry = registry
+        # What the shared keys of str keys begin with, made once: each call needs it.
+        self._prefix = registry.owned_key(token, "")
         self._watch = watch
         self._pid = os.getpid()
         self._turns: dict[bytes, _Turn] = {}  # by shared key
@@ -74,6 +76,19 @@ class ProcessState(Table):
     def is_own(self) -> bool:
         """Whether this process has used the map; False for a parent's state."""
         return self.token != 0 and self._pid == os.getpid()
+
+    def shared_key(self, key: Any) -> bytes:
+        """The key of this process's entry in the shared map.
+
+        Raises:
+            UnsupportedKey: The user's key cannot be a key of a ``Cache``.
+        """
+        if type(key) is str:
+            try:
+                return self._prefix + key.encode()
+            except UnicodeEncodeError:
+                pass  # owned_key raises, and its message says what to do
+        return self._registry.owned_key(self.token, key)
 
     def reap(self) -> None:
         """Remove the entries of owners that have died."""
@@ -101,7 +116,7 @@ class ProcessState(Table):
             leases: How many leases on it begin.
         """
         registry = self._registry
-        shared = registry.owned_key(self.token, key)
+        shared = self.shared_key(key)
         first = not self.numbers
         with self.lock:
             before = self.handles.get(shared)
@@ -182,7 +197,7 @@ class ProcessState(Table):
         if not callable(factory):
             raise TypeError(f"factory must be callable, not {factory!r}")
         check_callable(on_evict, "on_evict", ON_EVICT)
-        shared = self._registry.owned_key(self.token, key)
+        shared = self.shared_key(key)
         turn = _Turn(threading.get_ident(), threading.Event())
         try:
             record = self._await_turn(key, shared, turn, leases)

@@ -26,7 +26,6 @@ log = logging.getLogger("shmcache")
 
 # The first bytes of a key's shared form hold the token of its owner.
 _TOKEN_BYTES = 8
-_STR = bytes((L.Kind.STR,))
 
 
 class Registry(Cache):
@@ -93,11 +92,6 @@ class Registry(Cache):
         Raises:
             UnsupportedKey: The user's key cannot be a key of a ``Cache``.
         """
-        if type(key) is str:
-            try:
-                return token.to_bytes(_TOKEN_BYTES, "big") + _STR + key.encode()
-            except UnicodeEncodeError:
-                pass  # encode_key raises, and its message says what to do
         kind, data = encode_key(key)
         return token.to_bytes(_TOKEN_BYTES, "big") + bytes((kind,)) + data
 
@@ -151,10 +145,10 @@ class Registry(Cache):
         """The living workers with a handle of a key: PID and value.  O(workers)."""
         self._require_open()
         attachment = self._attachment
-        kind, data = encode_key(key)
+        unowned = self.owned_key(0, key)[_TOKEN_BYTES:]
         found = []
         for token in attachment.tokens():
-            shared = token.to_bytes(_TOKEN_BYTES, "big") + bytes((kind,)) + data
+            shared = token.to_bytes(_TOKEN_BYTES, "big") + unowned
             entry = self.peek(shared, MISSING)
             if entry is not MISSING and attachment.alive(token):
                 found.append((attachment.pid(token), entry[2]))

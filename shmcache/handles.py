@@ -295,7 +295,7 @@ class HandleMap:
             default: What to return when this worker has no handle of the key.
         """
         state = self._state()
-        shared = self._registry.owned_key(state.token, key)
+        shared = state.shared_key(key)
         record = state.handles.get(shared)
         if self._registry.renew(shared) and record is not None:
             return record.handle
@@ -406,7 +406,7 @@ class HandleMap:
             KeyError: There is no handle of the key, and no factory.
         """
         state = self._state()
-        record = state.hold(self._registry.owned_key(state.token, key))
+        record = state.hold(state.shared_key(key))
         if record is None:
             if factory is None:
                 raise KeyError(key)
@@ -423,7 +423,7 @@ class HandleMap:
     def discard(self, key: Any) -> bool:
         """Close this worker's handle of a key (DELETED); False if there was none."""
         state = self._state()
-        shared = self._registry.owned_key(state.token, key)
+        shared = state.shared_key(key)
         found = self._registry.discard(shared, 0, Cause.DELETED)
         state.delivery.deliver()
         return found
@@ -444,7 +444,7 @@ class HandleMap:
             KeyError: There is no handle of the key, and no default was given.
         """
         state = self._state()
-        shared = self._registry.owned_key(state.token, key)
+        shared = state.shared_key(key)
         record = state.take_back(shared)
         if record is not None:
             return record.handle
@@ -456,7 +456,7 @@ class HandleMap:
     def __contains__(self, key: Any) -> bool:
         """Whether this worker has a handle of a key; not a use.  O(1)."""
         state = self._state()
-        shared = self._registry.owned_key(state.token, key)
+        shared = state.shared_key(key)
         return shared in state.handles and shared in self._registry
 
     def __len__(self) -> int:

@@ -550,7 +550,7 @@ def test_mailbox_that_was_overwritten(
             handles.registry._words_of(0) + L.S_MAILBOX_HEAD
         ]
         assert head - state.delivery.read[0] >= L.MAILBOX_SIZE
-        shared = handles.registry.owned_key(state.token, total - 1)
+        shared = state.shared_key(total - 1)
         handles.registry.discard(shared, 0, Cause.DELETED)
     ledger.wait_for(L.MAILBOX_SIZE + 1)
     gone = sorted(handle for handle, *_ in ledger.closed)
@@ -572,7 +572,7 @@ def test_rebuilding_may_have_lost_messages(
     with state.lock:
         at = registry._words_of(0) + L.S_MAILBOX_HEAD
         head = registry._attachment.words[at]
-        registry.discard(registry.owned_key(state.token, 3), 0, Cause.DELETED)
+        registry.discard(state.shared_key(3), 0, Cause.DELETED)
         # The process that removed it died before it counted the message.
         registry._attachment.words[at] = head
         registry._repair(0)
