@@ -52,8 +52,8 @@ from shmcache._process.attachment import Attachment
 from shmcache._process.lockfile import mutex
 from shmcache._process.peers import Peers
 from shmcache._process.sweeper import sweeper
-from shmcache._recipes.memoize import Memoized
-from shmcache._recipes.single_flight import Flight
+from shmcache._recipes.memoize import Memoized, Results
+from shmcache._recipes.single_flight import Flight, InFlightTable
 from shmcache._segment.names import Names
 from shmcache._segment.settings import Settings
 from shmcache.errors import (
@@ -228,6 +228,7 @@ class Cache(Engine):
             entries=self._entries,
             snapshot=self._copy_shard,
             writes=self._writes,
+            in_flight=self._in_flight(),
         )
 
     # --- life -----------------------------------------------------------------------
@@ -492,8 +493,16 @@ class Cache(Engine):
         result.  What the factory raises reaches its own caller, and the next one in the
         queue computes; if the computing process dies, another takes over.
 
-        ``timeout``: seconds to wait for another's result, then LockTimeout; None, as
-        long as it takes.
+        Args:
+            key: The key.
+            factory: Computes the value.  Asking it for the same key again is refused.
+            ttl: Seconds to live; None: for ever; left out: the cache's default.
+            timeout: Seconds to wait for another caller's result; None: as long as it
+                takes.
+
+        Raises:
+            LockTimeout: The result did not come within ``timeout``.
+            ReentrantCall: The factory asks for the key that it computes.
         """
         value = self.get(key, MISSING)
         if value is not MISSING:
@@ -506,8 +515,8 @@ class Cache(Engine):
             )
         check_ttl(ttl)
         check_budget(timeout, "timeout")
-        flight = Flight(self, key, threading.get_ident(), timeout)
-        with flight.landing():
+        me = threading.get_ident()
+        with Flight(self._in_flight(), key, me, timeout) as flight:
             for pause in flight.pauses():
                 time.sleep(pause)
             if flight.value is MISSING:
@@ -524,14 +533,25 @@ class Cache(Engine):
         value = self.get(key, MISSING)
         if value is not MISSING:
             return value
-        flight = Flight(self, key, asyncio.current_task(), None)
-        with flight.landing():
+        me = asyncio.current_task()
+        with Flight(self._in_flight(), key, me, None) as flight:
             for pause in flight.pauses():
                 await asyncio.sleep(pause)
             if flight.value is MISSING:
                 flight.value = await factory()
                 self.set(key, flight.value, ttl)
         return flight.value
+
+    def _in_flight(self) -> InFlightTable:
+        return InFlightTable(
+            self._attachment,
+            self._key_hash,
+            self._enter_flight,
+            self._leave_flight,
+            self._free_flights,
+            self._fliers,
+            self.peek,
+        )
 
     def memoize(
         self,
@@ -542,17 +562,21 @@ class Cache(Engine):
     ) -> Callable[[Callable[..., Any]], Any]:
         """A decorator that remembers a function's results in this cache.
 
-        All processes share them, and of callers that miss at once one computes.
+        All processes share the results, and of callers that miss at once one computes.
         Arguments must be valid keys (str, bytes, int, tuples of them; None, bool and
-        float are taken, too), or ``key(*args, **kwargs)`` makes one of them.
-        ``typed``: 1, 1.0 and True are different arguments.
+        float are taken, too), or ``key`` makes a key of them.
 
-        Methods: results belong to the instance, so they are not shared with other
-        processes, unless the instance's class has a ``__cache_key__`` attribute (or
-        ``key`` is given), which then stands for it.
+        The result of a method belongs to its instance, and so it is not shared with
+        other processes, unless the instance's class has a ``__cache_key__`` attribute
+        (or ``key`` is given), which then stands for the instance.
 
         The function gets ``cache_key(...)``, ``invalidate(...) -> bool`` and
         ``__wrapped__``.  Coroutine functions do not block their loop.
+
+        Args:
+            ttl: Seconds a result lives; None: for ever; left out: the cache's default.
+            key: ``key(*args, **kwargs)`` makes the key of a call.
+            typed: Whether 1, 1.0 and True are different arguments.
         """
         if callable(ttl):
             raise TypeError("memoize needs its parentheses: @cache.memoize()")
@@ -563,7 +587,8 @@ class Cache(Engine):
             )
 
         def decorate(function: Callable[..., Any]) -> Memoized:
-            return Memoized(self, function, ttl, key, typed)
+            results = Results(self.get_or_set, self._get_or_await, self.delete)
+            return Memoized(results, function, ttl, key, typed)
 
         return decorate
 
@@ -782,6 +807,8 @@ class Internals:
     snapshot: Callable[[int, int, int], bytes]
     # How many writes each shard has seen; None while one is under way.
     writes: Callable[[], list[int] | None]
+    # What single flight uses of this cache.
+    in_flight: InFlightTable
 
 
 @dataclass(frozen=True)

@@ -382,8 +382,8 @@ class ConfigCache(Component):
         # Under a key of its own, which is never stored: a configuration that is there
         # does not end the wait, as it may be too old for a reload.
         who = threading.get_ident()
-        flight = Flight(self._configs, ("\0load", key), who, timeout)
-        with flight.landing():
+        in_flight = self._configs.internals.in_flight
+        with Flight(in_flight, ("\0load", key), who, timeout) as flight:
             for pause in flight.pauses():
                 time.sleep(pause)
                 entry = self._configs.peek(key, MISSING)
@@ -527,7 +527,7 @@ class ConfigCache(Component):
         if self._here.pid != os.getpid():
             return IDLE  # forked, and not yet used here
         self._look(self._here)
-        return LOOK if self._listeners._local.handles else IDLE
+        return LOOK if self._listeners._process.handles else IDLE
 
     def _look_here(self) -> None:
         # Where no sweeper looks.
@@ -628,9 +628,9 @@ class ConfigCache(Component):
 
     def _used(self, key: Any) -> None:
         # A worker that gets a key uses its watcher of it, and its listeners.
-        if self._watchers._local.handles:
+        if self._watchers._process.handles:
             self._watchers.get(key)
-        if self._listeners._local.handles:
+        if self._listeners._process.handles:
             self._listeners.get(key)
         self._look_here()
 

@@ -266,7 +266,7 @@ def test_handles_by_state(name: str) -> None:
         assert inside.wait(60)
         assert states() == {"registered": 2, "closing": 1}
         go_on.set()
-        assert handles._callbacks.wait(60)
+        assert handles._process.delivery.callbacks.wait(60)
         assert states() == {"registered": 2, "closing": 0}
         found = scrape(handles)
         assert one(found, "shmcache_handles_opened_total") == 3

@@ -888,7 +888,7 @@ def test_any_bytes_are_looked_at_without_harm(
         for n in range(50):
             cache.set(f"user:{n}", [n, "x" * rng.randrange(600)], ttl=900)
         sound = [bytes(cache._attachment.block.view)]
-    sound.append(bytes(handles._registry._attachment.block.view))
+    sound.append(bytes(handles.registry._attachment.block.view))
     place = Path(f"{SHM}/shmcache-{os.getuid()}-{name}")
     place.touch(0o600)
     codes: Counter[int] = Counter()

@@ -692,8 +692,8 @@ def handle_child(
     # No thread, so that the steps are the same each time.
     for module in (_sweeper, shmcache.handles):
         vars(module)["threads_run"] = bool
-    handles._mine()
-    light(handles._registry, Fuse(steps, report))
+    handles._state()
+    light(handles.registry, Fuse(steps, report))
     HANDLES[name](handles)
 
 
