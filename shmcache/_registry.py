@@ -194,7 +194,9 @@ class Registry(Cache):
 
     def mailbox_heads(self) -> list[int]:
         """The number of the next message of each shard's mailbox."""
-        return [self._read_mailbox(shard, 0)[0] for shard in range(self._settings.shards)]
+        return [
+            self._read_mailbox(shard, 0)[0] for shard in range(self._settings.shards)
+        ]
 
     def shards_with_mail(self, read: Sequence[int]) -> list[int]:
         """The shards whose mailbox has moved since it was read.  O(shards), cheap.

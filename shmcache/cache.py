@@ -376,7 +376,7 @@ class Cache(Engine):
                     self._attach(self._settings)
                     leave()
             self._adopt()
-        sweeper().watch(self, self.cleanup_interval)
+        sweeper().watch(self, Cache._tend, self.cleanup_interval)
 
     def close(self) -> None:
         """Leave the cache in this process.
@@ -648,7 +648,7 @@ class Cache(Engine):
             self._attachment.count(L.R_SWEEP_BUCKETS + bucket)
         return removed
 
-    def tend(self, budget: float) -> float:
+    def _tend(self, budget: float) -> float:
         """Do what the sweeper's thread does for a cache from time to time.
 
         It removes expired entries, applies the recency buffer of this process, and

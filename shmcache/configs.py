@@ -510,7 +510,7 @@ class ConfigCache(Component):
                 if group.add(subscription):
                     break
             here.asked += 1
-        sweeper().watch(self, 0.0)
+        sweeper().watch(self, ConfigCache._tend, 0.0)
         return subscription
 
     def _cancel(self, group: _Group, subscription: Subscription) -> bool:
@@ -522,7 +522,7 @@ class ConfigCache(Component):
                 self._listeners.discard(group.key)
         return True
 
-    def tend(self, _: float) -> float:
+    def _tend(self, _: float) -> float:
         """Do what the sweeper's thread does for a map; in how many seconds again."""
         if self._here.pid != os.getpid():
             return IDLE  # forked, and not yet used here

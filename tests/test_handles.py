@@ -27,7 +27,7 @@ from peers import PATIENCE, Peer, names_of
 import shmcache
 from shmcache import Cause, HandleMap
 from shmcache._format import layout as L
-from shmcache._process.attachment import leave_all
+from shmcache._process.exit import leave_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -479,7 +479,7 @@ def test_sweeper_that_is_told_to_stop_stops(make_cache: Callable[..., Cache]) ->
             super().clear()
 
     sweeper._wake = Bell()
-    sweeper.watch(cache, 0)
+    sweeper.watch(cache, Cache._tend, 0)
     thread = sweeper._thread
     assert thread
     thread.join(5)
@@ -645,7 +645,7 @@ def test_exec_leaves_the_cache(name: str, make_cache: Callable[..., Cache]) -> N
     cache["b"] = os.getpid()
     again = (
         "import os, sys; from shmcache import Cache; cache = Cache.attach(sys.argv[1]);"
-        " cache.incr('b', 0); cache.tend(1);"
+        " cache.incr('b', 0); cache._tend(1);"
         " print(cache['a'], cache['b'] == os.getpid(), len(cache._attachment.tokens()))"
     )
     os.execv(sys.executable, [sys.executable, "-c", again, sys.argv[1]])
