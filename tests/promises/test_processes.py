@@ -65,6 +65,7 @@ with Cache(name, max_entries=100) as cache:
 
 
 @pytest.mark.slow
+@pytest.mark.counted
 def test_close_beside_a_thread_that_writes(name: str) -> None:
     """A thread in the midst of writes is told that another has closed the cache, at
     whatever moment; nothing crashes, and nothing is left."""
@@ -75,6 +76,7 @@ def test_close_beside_a_thread_that_writes(name: str) -> None:
 # --- fork -----------------------------------------------------------------------
 
 
+@pytest.mark.counted
 @pytest.mark.parametrize("created", ["before", "after"])
 def test_counters_add_up_over_processes_and_threads(
     name: str, make_cache: Callable[..., Cache], created: str
@@ -723,6 +725,7 @@ def test_leftovers_of_killed_users_are_replaced(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.counted
 def test_fifty_processes_start_at_once(new_name: Callable[[], str]) -> None:
     """They make one segment between them, without an error, and the last one of them
     removes it, many times over."""
@@ -814,6 +817,7 @@ def whole(key: str, value: Any) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.counted
 def test_no_torn_or_foreign_value_in_a_million_reads(
     make_cache: Callable[..., Cache],
 ) -> None:
