@@ -270,8 +270,12 @@ class Listeners:
 
     # --- looking ----------------------------------------------------------------------
 
-    def _tend(self, _: float) -> float:
-        # The sweeper's thread calls this again and again.
+    def tend(self, _: float) -> float:
+        """Do what is due; the sweeper's thread calls this.
+
+        Returns:
+            The seconds until the next call.
+        """
         if self._process.pid != os.getpid():
             return IDLE  # this process was forked, and has not listened yet
         self._look(self._process)

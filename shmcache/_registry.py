@@ -77,7 +77,7 @@ class Registry(Cache):
 
         The order of use belongs to the host, and so the sweeper calls this often.
         """
-        self._flush_touches()
+        self._flush_recency()
 
     # --- entries ----------------------------------------------------------------------
 
@@ -194,7 +194,9 @@ class Registry(Cache):
 
     def mailbox_heads(self) -> list[int]:
         """The number of the next message of each shard's mailbox."""
-        return [self._notices(shard, 0)[0] for shard in range(self._settings.shards)]
+        return [
+            self._read_mailbox(shard, 0)[0] for shard in range(self._settings.shards)
+        ]
 
     def shards_with_mail(self, read: Sequence[int]) -> list[int]:
         """The shards whose mailbox has moved since it was read.  O(shards), cheap.
@@ -226,7 +228,7 @@ class Registry(Cache):
             of each.  None stands for the list when messages have been overwritten, or
             may have been.
         """
-        head, messages = self._notices(shard, since)
+        head, messages = self._read_mailbox(shard, since)
         return head, messages
 
 

@@ -34,7 +34,8 @@ from shmcache._arguments import Ttl, check_callable, check_count
 from shmcache._engine import MISSING, HandleCodec
 from shmcache._format import layout as L
 from shmcache._format.layout import Cause
-from shmcache._process import attachment as _workers
+from shmcache._process.exit import before_leaving
+from shmcache._process.lockfile import mutex
 from shmcache._process.sweeper import sweeper
 from shmcache._process.uwsgi import threads_run
 from shmcache._process_state import ON_EVICT, ProcessState
@@ -252,7 +253,7 @@ class HandleMap:
             if not threads_run():
                 state.delivery.deliver()
             return state
-        with _workers.mutex():
+        with mutex():
             if self._process.token != token:
                 if self._process.token:
                     _inherited.append(self._process)
@@ -267,10 +268,15 @@ class HandleMap:
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called in this process."""
-        return self._registry.closed
+        closed: bool = self._registry.closed
+        return closed
 
-    def _tend(self, _: float) -> float:
-        # The sweeper's thread calls this again and again.
+    def tend(self, _: float) -> float:
+        """Do what is due; the sweeper's thread calls this.
+
+        Returns:
+            The seconds until the next call.
+        """
         state = self._process
         if state.token != self._registry.attached_token:
             return IDLE  # this process was forked, and has not used the map yet
@@ -620,4 +626,4 @@ def _close_maps() -> None:
             open_map.close()
 
 
-_workers.before_leaving.append(_close_maps)
+before_leaving(_close_maps)

@@ -15,7 +15,7 @@ from test_pools import http_servers, postgres
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PATIENCE = 120  # s; only a failing test waits so long
 
-pytestmark = [pytest.mark.once]
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 
 def run(name: str, *arguments: str) -> list[str]:

@@ -22,12 +22,12 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_processes import PATIENCE, Peer, names_of
+from peers import PATIENCE, Peer, names_of
 
 import shmcache
 from shmcache import Cause, HandleMap
 from shmcache._format import layout as L
-from shmcache._process.attachment import leave_all
+from shmcache._process.exit import leave_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -575,7 +575,7 @@ def test_rebuilding_may_have_lost_messages(
         registry.discard(state.shared_key(3), 0, Cause.DELETED)
         # The process that removed it died before it counted the message.
         registry._attachment.words[at] = head
-        registry._repair(0)
+        registry._rebuild_shard(0)
     ledger.wait_for(1)
     assert [handle for handle, *_ in ledger.closed] == [3]
     assert sorted(handles) == [n for n in range(10) if n != 3]

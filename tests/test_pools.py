@@ -347,6 +347,7 @@ def workers(count: int) -> Iterator[list[Worker]]:
         yield [stack.enter_context(Worker()) for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.once
 @pytest.mark.parametrize("library", ["urllib3", "urllib3-manager", "requests", "httpx"])
 def test_sockets_of_the_host_are_bounded(library: str, name: str) -> None:
@@ -520,6 +521,7 @@ def postgres() -> Iterator[int]:
             server.wait(60)
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_database_pools_are_bounded(name: str) -> None:
     """Three workers use four databases through psycopg's pools; with a bound of 3 they

@@ -25,11 +25,12 @@ from prometheus_client import CollectorRegistry, generate_latest, start_http_ser
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
-from test_servers import APPS, Kind, Server, UnixConnection
+from servers import APPS, Kind, Server, UnixConnection
 
 import shmcache
 from shmcache import Cache, EntryTooLarge, HandleMap
 from shmcache._format import layout as L
+from shmcache._process.rows import retire
 from shmcache.prometheus import CacheCollector
 
 if TYPE_CHECKING:
@@ -492,7 +493,7 @@ def test_death_between_folding_and_clearing(
 
     cache._attachment.words = Dying(words.words)  # type: ignore[assignment]
     with pytest.raises(Killed):
-        cache._attachment._fold(5)
+        retire(cache._attachment.words, 5)
     cache._attachment.words = words  # type: ignore[assignment]
     assert words[row + L.R_TOKEN] == folded
     assert one(scrape(cache), "shmcache_hits_total") == 1 + 2000
@@ -634,6 +635,7 @@ def same(text: str) -> Samples:
     return {each: found[each] for each in found if not each[0].startswith(own)}
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 @pytest.mark.parametrize("options", [(), ("--preload",)])
 def test_any_worker_tells_the_totals_of_the_host(
@@ -672,6 +674,7 @@ def test_any_worker_tells_the_totals_of_the_host(
         server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_counters_never_fall_while_workers_are_recycled(
     served: str, make_cache: Callable[..., Cache]

@@ -99,7 +99,7 @@ CODEC_AT, CODEC_SIZE = 256, 64  # bytes: length, then UTF-8
 NAME_AT, NAME_SIZE = 320, 192
 
 # Two banks of counters of workers that have gone, and in the last word of a bank
-# the token of the worker folded into it last: see _workers.fold.
+# the token of the worker folded into it last: see _process/rows.py.
 RETIRED_AT = 512 // 8
 RETIRED_WORDS = 32
 RETIRED_TOKEN = RETIRED_WORDS - 1

@@ -1,0 +1,509 @@
+"""Death at every single step of every operation, of repair, and of the workers' table.
+
+The dying process runs the interpreted engine, in which every store into the segment
+and every call on a semaphore can be counted (crash_rig.py).  For each n, a forked
+child dies right before its n-th step, and this process, on the engine under test,
+looks at what it left: a death at a store is the same to both engines, and both must
+repair it.  The full run visits each n, a moderate one some of them (amounts.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import crash_rig
+import posix_ipc
+import pytest
+from amounts import EVERY_DEATH, offset, points
+from crash_rig import (
+    COUNTED,
+    COUNTER,
+    DEAD,
+    HANDLES,
+    LIVES,
+    PERSISTENT,
+    SCENARIOS,
+    SMALL,
+    Clock,
+    Keys,
+)
+
+import shmcache
+from shmcache import HandleMap
+from shmcache._format import layout as L
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = pytest.mark.slow
+
+ABSENT = "absent"
+FOR_EVER = 1_000_000
+# Nobody waits longer for a lock because its holder died; else LockTimeout is raised.
+LONGEST_WAIT = 1.0
+
+WORKERS = ("attach", "count_and_close", "reap")
+OPERATIONS = [name for name in SCENARIOS if name not in WORKERS]
+
+
+class Answer(NamedTuple):
+    """What became of a child that was ordered to die."""
+
+    pid: int
+    code: int
+    steps: int
+    token: int
+
+
+class Zygote:
+    """The process from which the dying ones are forked."""
+
+    def __init__(self, process: subprocess.Popen[str], clock: Clock) -> None:
+        self._process = process
+        self._clock = clock
+
+    def order(self, scenario: str, steps: int) -> Answer:
+        """Have a child run a scenario, and die right before the step of a number."""
+        words = {"scenario": scenario, "steps": steps, "now": self._clock.ns}
+        print(json.dumps(words), file=self._process.stdin, flush=True)
+        return Answer(**self._read())
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    @classmethod
+    @contextmanager
+    def of(
+        cls, cache: str, clock: Clock, mode: str, env: dict[str, str]
+    ) -> Iterator[Self]:
+        """A zygote for a cache.
+
+        In the modes "timed" (by the scenario's clock) and "real" (by the system's) it
+        is attached to it and leaves at the end; in mode "life" its children come by
+        themselves.
+        """
+        rig = Path(crash_rig.__file__)
+        command = [sys.executable, str(rig), cache, mode]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        ) as process:
+            zygote = cls(process, clock)
+            zygote._read()
+            yield zygote
+            assert process.stdin
+            process.stdin.close()
+            assert process.wait(60) == 0
+
+
+class Scene:
+    """A cache in the state in which a scenario begins, over and over again."""
+
+    def __init__(
+        self,
+        name: str,
+        make_cache: Callable[..., shmcache.Cache],
+        log: pytest.LogCaptureFixture,
+    ) -> None:
+        self.name = name
+        self.scenario = SCENARIOS[name]
+        self.clock = Clock()
+        self.cache = make_cache(
+            **self.scenario.settings,
+            cleanup_interval=300,
+            lock_timeout=LONGEST_WAIT,
+            clock=self.clock if self.scenario.timed else None,
+        )
+        self.log = log
+        log.set_level(logging.WARNING, "shmcache")
+        self.keys = Keys(self.cache)
+        self.scenario.fill(self.cache, self.clock, self.keys)
+        self.cache._flush_recency()
+        self._now = self.clock.ns
+        self.attachment = self.cache._attachment
+        self._geometry = self.attachment.header.geometry
+        self._start = bytes(self.attachment.block.view[self._geometry.shards_at :])
+        self.before = self.content()
+        self.before_left = self.times_left()
+        self.before_order = self.order_of_use()
+        self.restore()
+
+    def zygote(self, env: dict[str, str]) -> AbstractContextManager[Zygote]:
+        """A zygote that is attached to the cache."""
+        mode = "timed" if self.scenario.timed else "real"
+        return Zygote.of(self.cache.name, self.clock, mode, env)
+
+    def restore(self) -> None:
+        """The shard as it was at first; nobody is inside."""
+        assert self.permits() == 1
+        self.clock.ns = self._now
+        self.attachment.block.view[self._geometry.shards_at :] = self._start
+        self.log.clear()
+
+    def permits(self) -> int:
+        """The value of the shard's semaphore."""
+        semaphore = posix_ipc.Semaphore(self.cache._names.semaphore(0))
+        value: int = semaphore.value
+        semaphore.close()
+        return value
+
+    def word(self, number: int) -> int:
+        """A word of the shard."""
+        return self.attachment.words[self._geometry.shards_at // 8 + number]
+
+    def content(self) -> dict[str, Any]:
+        """The value of each key, without leaving a mark."""
+        return {key: self.cache.peek(key, ABSENT) for key in self.keys.all}
+
+    def times_left(self) -> dict[str, Any]:
+        """How long each key has to live; by a clock that moves, whether for ever."""
+        left: dict[str, Any] = {}
+        for key in self.keys.all:
+            try:
+                left[key] = self.cache.ttl(key)
+            except KeyError:
+                left[key] = ABSENT
+            if not self.scenario.timed and left[key] not in (None, ABSENT):
+                left[key] = "some time"
+        return left
+
+    def order_of_use(self) -> list[int]:
+        """Live slots, the latest used first, read from the bytes.
+
+        The slots of entries that an operation does not write stay the same.
+        """
+        buffer = self.attachment.block.view
+        at = self._geometry.shards_at + self._geometry.records_at
+        records = buffer[at : at + L.RECORD * (self._geometry.slots + 1)].cast("I")
+        found, slot = [], records[L.F_LRU_NEXT]
+        while slot:
+            found.append(slot)
+            slot = records[slot * L.RECORD_WORDS + L.F_LRU_NEXT]
+        return found
+
+    def exercise(self) -> None:
+        """Use every list of the shard: fill, evict, overwrite, expire, remove."""
+        cache = self.cache
+        for number in range(12):
+            cache.set(f"more {number}", b"m" * (40 * number), ttl=900)
+            cache.incr("count", initial=0)
+        for key in self.keys.all:
+            cache.touch(key, ttl=1000)
+            cache.get(key)
+        assert cache.popitem()
+        cache.delete("count")
+        self.clock.ns += 2_000_000_000_000
+        cache.sweep()
+        cache["last"] = b"l" * 64 * 20
+        assert cache.peek("last") == b"l" * 64 * 20
+        cache.clear()
+        assert len(cache) == 0
+
+
+@pytest.fixture
+def scene(
+    request: pytest.FixtureRequest,
+    make_cache: Callable[..., shmcache.Cache],
+    caplog: pytest.LogCaptureFixture,
+) -> Scene:
+    """The scene of the scenario that the test is called with."""
+    return Scene(request.param, make_cache, caplog)
+
+
+def either(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[Any]]:
+    """What may be found for each key: the old, the new, and if they differ nothing."""
+    return {
+        key: [old, after[key]] + [ABSENT] * (old != after[key])
+        for key, old in before.items()
+    }
+
+
+def unmoved(before: list[int], after: list[int]) -> list[int]:
+    """The longest common subsequence: what kept its place in the order of use."""
+    longest: dict[tuple[int, int], list[int]] = {}
+    for i in range(len(before) + 1):
+        for j in range(len(after) + 1):
+            if i == 0 or j == 0:
+                longest[i, j] = []
+            elif before[i - 1] == after[j - 1]:
+                longest[i, j] = [*longest[i - 1, j - 1], before[i - 1]]
+            else:
+                longest[i, j] = max(longest[i - 1, j], longest[i, j - 1], key=len)
+    return longest[len(before), len(after)]
+
+
+def look(scene: Scene, allowed: dict[str, list[Any]]) -> dict[str, Any]:
+    """What the survivors find: before, during and after the repair."""
+    at_once = scene.content()
+    scene.cache._step(0, 0)
+    found = scene.content()
+    for key, values in allowed.items():
+        assert at_once[key] in values
+        assert found[key] in values
+        # Once the write in flight was seen to have happened, it has.
+        assert found[key] == at_once[key] or values.index(found[key]) > 0
+    assert scene.cache.check() == []
+    assert len(scene.cache) == sum(value != ABSENT for value in found.values())
+    assert scene.permits() == 1
+    return found
+
+
+def recoveries(scene: Scene) -> list[dict[str, Any]]:
+    """The facts in the log about recoveries."""
+    return [
+        {
+            name: vars(record)[name]
+            for name in ("shard", "dead_pid", "rebuilt", "dropped")
+        }
+        for record in scene.log.records
+        if getattr(record, "event", "") == "recovered"
+    ]
+
+
+@pytest.mark.parametrize("scene", OPERATIONS, indirect=True)
+def test_1_death_at_any_step_costs_at_most_the_entry_in_flight(
+    scene: Scene,
+    interpreted_env: dict[str, str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Whatever step a process dies at: the others go on with all the rest."""
+    with scene.zygote(interpreted_env) as zygote:
+        whole = zygote.order(scene.name, FOR_EVER)
+        assert whole.code == 0
+        assert scene.cache.check() == []
+        stay = unmoved(scene.before_order, scene.order_of_use())
+        allowed = either(scene.before, scene.content())
+        left_allowed = either(scene.before_left, scene.times_left())
+        for key, values in allowed.items():
+            left_allowed[key] += values[2:]
+        visited = points(whole.steps, EVERY_DEATH, scene.name)
+        for step in visited:
+            scene.restore()
+            answer = zygote.order(scene.name, step)
+            assert (answer.code, answer.steps) == (DEAD, step)
+            died_inside = scene.word(L.S_HOLDER) == answer.token
+            assert died_inside or scene.word(L.S_HOLDER) == 0
+            torn = bool(scene.word(L.S_SEQ) & 1)
+            lost_permit = scene.permits() == 0
+            look(scene, allowed)
+            facts = {"shard": 0, "rebuilt": torn, "dropped": 0}
+            facts["dead_pid"] = answer.pid if died_inside else 0
+            expected = [facts] * lost_permit
+            assert recoveries(scene) == expected
+            assert scene.word(L.S_RECOVERIES) == len(expected)
+            for key, left in scene.times_left().items():
+                assert left in left_allowed[key]
+            order = scene.order_of_use()
+            kept = [slot for slot in order if slot in stay]
+            assert kept == [slot for slot in stay if slot in order]
+            scene.exercise()
+            assert scene.cache.check() == []
+            scene.attachment.reap()
+    record_property("crash points", len(visited))
+
+
+# First deaths after which there is much to repair, and the number of the step.
+TORN = [
+    ("overwrite_by_larger", 0.3),
+    ("overwrite_by_larger", 0.75),
+    ("insert_with_evictions_for_room", 0.5),
+    ("insert_with_expired_first", 0.4),
+    ("delete_middle_of_chain", 0.4),
+    ("touch_that_prolongs", 0.6),
+    ("sweep_that_cascades", 0.5),
+    ("get_that_moves", 0.6),
+]
+
+
+@pytest.mark.parametrize(("scene", "where"), TORN, indirect=["scene"])
+def test_1_death_in_repair_leaves_the_repair_to_the_next(
+    scene: Scene,
+    where: float,
+    interpreted_env: dict[str, str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Whatever step of a takeover or repair a process dies at: the next does it."""
+    with scene.zygote(interpreted_env) as zygote:
+        whole = zygote.order(scene.name, FOR_EVER)
+        first = round(whole.steps * where)
+        stay = unmoved(scene.before_order, scene.order_of_use())
+        allowed = either(scene.before, scene.content())
+
+        def die_first() -> None:
+            scene.restore()
+            assert zygote.order(scene.name, first).code == DEAD
+            assert scene.word(L.S_SEQ) & 1
+
+        die_first()
+        # The one who repairs wanted only to read what is not there.
+        repair = zygote.order("peek", FOR_EVER)
+        assert repair.code == 0
+        look(scene, allowed)
+        visited = points(repair.steps, EVERY_DEATH, f"{scene.name} {where}")
+        for step in visited:
+            die_first()
+            answer = zygote.order("peek", step)
+            assert (answer.code, answer.steps) == (DEAD, step)
+            died_inside = scene.word(L.S_HOLDER) == answer.token
+            lost_permit = scene.permits() == 0
+            look(scene, allowed)
+            pids = [facts["dead_pid"] for facts in recoveries(scene)]
+            if died_inside:
+                assert pids == [answer.pid]
+            else:
+                assert len(pids) == lost_permit
+            order = scene.order_of_use()
+            kept = [slot for slot in order if slot in stay]
+            assert kept == [slot for slot in stay if slot in order]
+            scene.exercise()
+            assert scene.cache.check() == []
+            scene.attachment.reap()
+    record_property("crash points", len(visited))
+
+
+@pytest.mark.parametrize("scene", WORKERS, indirect=True)
+def test_1_death_of_a_worker_that_comes_goes_or_reaps(
+    scene: Scene,
+    interpreted_env: dict[str, str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Whatever step of the workers' table a process dies at: its row comes free again,
+    and each worker's counts are in the sums once."""
+    attachment = scene.attachment
+    counted = steps = 0
+
+    def counts() -> int:
+        return attachment.counters()[COUNTER - L.R_COUNTERS]
+
+    with scene.zygote(interpreted_env) as zygote:
+        visited = [FOR_EVER]  # first to the end, then up to each step
+        while visited:
+            step = visited.pop(0)
+            for _ in range(3):
+                # Dead ones that have counted; "reap" finds them.
+                if scene.name == "reap":
+                    assert zygote.order("count_and_close", 1).code == DEAD
+                    counted += COUNTED
+            answer = zygote.order(scene.name, step)
+            assert answer.code == (0 if step == FOR_EVER else DEAD)
+            if step == FOR_EVER:
+                steps = answer.steps
+                visited += points(steps, EVERY_DEATH, scene.name)
+            if scene.name == "count_and_close" and answer.steps > 0:
+                counted += COUNTED
+            assert counts() == counted
+            assert scene.cache.check() == []
+            attachment.reap()
+            assert counts() == counted
+            assert len(attachment.tokens()) == 2
+            assert scene.cache.check() == []
+    record_property("crash points", len(points(steps, EVERY_DEATH, scene.name)))
+
+
+@pytest.mark.parametrize("act", HANDLES)
+def test_1_death_of_one_who_removes_handles(
+    act: str,
+    name: str,
+    interpreted_env: dict[str, str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Whatever step a process dies at that evicts, clears, sweeps or closes: the owner
+    closes what has gone, once, and keeps the rest; the dead one's handles go."""
+    closed: list[str] = []
+    clock = Clock()
+    step, deaths, whole = offset(EVERY_DEATH, act), 0, False
+    settings: dict[str, Any] = {"max_entries": 4, "max_bytes": 64 * 64, "ttl": 10}
+    handles = HandleMap(
+        name,
+        **settings,
+        clock=clock,
+        cleanup_interval=300,
+        on_evict=lambda _key, handle, _cause: closed.append(handle),
+    )
+    with handles, Zygote.of(name, clock, "handles", interpreted_env) as zygote:
+        while not whole:
+            opened = [f"{step}: {key}" for key in "abcd"]
+            for key, handle in zip("abcd", opened, strict=True):
+                handles[key] = handle
+            if act == "sweep":
+                clock.ns += 11_000_000_000
+            # How many steps it takes depends a little on what the keys hash to.
+            answer = zygote.order(act, step)
+            whole = answer.code == 0
+            assert whole or (answer.code, answer.steps) == (DEAD, step)
+            clock.ns -= 11_000_000_000 * (act == "sweep")
+            handles.sweep()
+            kept = handles.values()
+            assert handles._process.delivery.callbacks.wait(60)
+            assert sorted(kept + closed) == opened
+            assert handles.stats().entries == len(kept)
+            assert handles.check() == []
+            handles.clear()
+            assert handles._process.delivery.callbacks.wait(60)
+            assert sorted(closed) == opened
+            closed.clear()
+            step += EVERY_DEATH
+            deaths += not whole
+    assert step > 20
+    record_property("crash points", deaths)
+
+
+def names_of(cache: str) -> list[str]:
+    """What there is in shared memory of a cache."""
+    return [name for name in os.listdir("/dev/shm") if f"-{cache}" in name]
+
+
+@pytest.mark.once  # those lines are the same Python in both engines
+@pytest.mark.parametrize("life", LIVES)
+def test_1_death_at_any_line_of_life(
+    life: str,
+    name: str,
+    interpreted_env: dict[str, str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Whatever line of creating, attaching, reviving, leaving or unlinking a process
+    dies at: the next to come finds what persists, or a clean start, and leaves nothing.
+    """
+    persistent = life == "revive_and_leave"
+    keeps = persistent or life == "attach_and_leave"
+    settings = {**(PERSISTENT if persistent else SMALL), "lock_timeout": LONGEST_WAIT}
+    kept = {"kept": b"k" * 300}
+    with ExitStack() as at_end:
+        zygote = at_end.enter_context(Zygote.of(name, Clock(), "life", interpreted_env))
+        other = None
+        if life == "attach_and_leave":
+            other = at_end.enter_context(shmcache.Cache(name, **settings))
+        visited = [FOR_EVER]  # first to the end, then up to each line
+        lines = 0
+        while visited:
+            line = visited.pop(0)
+            answer = zygote.order(life, line)
+            assert answer.code == (0 if line == FOR_EVER else DEAD)
+            if line == FOR_EVER:
+                lines = answer.steps
+                visited += points(lines, EVERY_DEATH, life)
+            else:
+                assert answer.steps == line
+            cache = other or shmcache.Cache(name, **settings)
+            assert dict(cache.items()) == (kept if line < FOR_EVER and keeps else {})
+            cache.update(kept)
+            assert cache["kept"] == kept["kept"]
+            if other is None:
+                cache.close()  # which checks it
+            assert bool(names_of(name)) == keeps
+        if other:
+            other._attachment.reap()
+            assert other.stats().workers == 1
+        if persistent:
+            with shmcache.Cache(name, **settings) as cache:
+                cache.unlink()
+    assert names_of(name) == []
+    record_property("crash points", len(points(lines, EVERY_DEATH, life)))
