@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 import re
 from types import EllipsisType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shmcache._format.layout import MAX_TTL_NS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # The argument ``ttl``: seconds, None for "never", or left out for the cache's default.
 Ttl = float | None | EllipsisType
@@ -136,3 +139,27 @@ def check_callable(function: Any, what: str, why: str) -> None:
     """
     if function is not None and not callable(function):
         raise TypeError(f"{what} must be callable, not {function!r}: {why}")
+
+
+def clock_in_ns(clock: Callable[[], float] | None) -> Callable[[], int] | None:
+    """Return a clock of int nanoseconds; None stands for CLOCK_MONOTONIC."""
+    if clock is None:
+        return None
+    if not callable(clock):
+        raise TypeError(
+            f"clock must be callable, such as time.monotonic_ns, not {clock!r}"
+        )
+    first = clock()
+    if isinstance(first, bool) or not isinstance(first, (int, float)):
+        raise TypeError(
+            f"clock() returned {first!r}; it must return nanoseconds as an int or"
+            " seconds as a float"
+        )
+    if not 0 <= first < math.inf:
+        raise ValueError(
+            f"clock() returned {first!r}; use one that counts up from 0, such as"
+            " time.monotonic_ns"
+        )
+    if isinstance(first, int):
+        return clock  # type: ignore[return-value]
+    return lambda: round(clock() * 1e9)

@@ -242,7 +242,7 @@ class Listeners:
                     break
             # Else the next look might find the cache as it was at the last one.
             state.asked += 1
-        sweeper().watch(self, 0.0)
+        sweeper().watch(self, Listeners._tend, 0.0)
         return Subscription(group, member)
 
     def cancel(self, group: Group, member: _Member) -> bool:

@@ -8,14 +8,9 @@ a call can afford: settings, life, iteration, single flight, statistics.
 from __future__ import annotations
 
 import logging
-import math
-import os
 import struct
-import sys
 import threading
 import time
-import weakref
-from bisect import bisect_left
 from collections.abc import (
     Callable,
     ItemsView,
@@ -26,145 +21,80 @@ from collections.abc import (
     ValuesView,
 )
 from dataclasses import dataclass
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from shmcache._arguments import (
-    check_budget,
-    check_count,
-    check_flag,
-    check_ttl,
-    parse_size,
-    ttl_to_ns,
-)
+from shmcache._arguments import check_budget, check_ttl
 from shmcache._engine import (
     MISSING,
-    Engine,
-    close_semaphores,
     decode_key,
     decode_tagged,
     encode_key,
     make_codec,
-    recency_buffers,
 )
 from shmcache._format import check as _check
 from shmcache._format import layout as L
-from shmcache._process.attachment import Attachment
+from shmcache._format.seqlock import stable_read
+from shmcache._member import STEP, Member
 from shmcache._process.lockfile import mutex
-from shmcache._process.peers import Peers
 from shmcache._process.sweeper import sweeper
 from shmcache._recipes.memoize import Memoized, Results
 from shmcache._recipes.single_flight import Flight, InFlightTable
-from shmcache._segment.names import Names
-from shmcache._segment.settings import Settings
-from shmcache.errors import (
-    CacheClosed,
-    ConfigMismatch,
-    SegmentNotFound,
-    UnsupportedKey,
-    UnsupportedPlatform,
-)
+from shmcache._segment.settings import plan_settings
+from shmcache._views import Items, Values
+from shmcache.errors import UnsupportedKey
 from shmcache.stats import Stats
+
+if TYPE_CHECKING:
+    from shmcache._process.attachment import Attachment
+    from shmcache._segment.settings import Settings
 
 log = logging.getLogger("shmcache")
 
-# A step of sweep, clear or iteration holds a lock for about this many entries:
-# some tens of microseconds compiled.
-STEP = 64
-MIN_CLEANUP, MAX_CLEANUP = 1.0, 300.0
 
-
-def _plan(
-    max_entries: Any,
-    max_bytes: Any,
-    ttl: Any,
-    sliding: Any,
-    jitter: Any,
-    cleanup_interval: Any,
-    shards: Any,
-    persist: Any,
-    codec: str,
-) -> Settings:
-    """The settings that a constructor's arguments ask for, checked."""
-    check_count(max_entries, "max_entries", 0, L.MAX_INDEX, "0 bounds by bytes alone")
-    if max_bytes is None:
-        if max_entries == 0:
-            raise ValueError(
-                "max_entries=0 leaves the bound to the bytes: give max_bytes, for"
-                ' example "64 MiB"'
-            )
-        size = L.default_max_bytes(max_entries)
-    else:
-        size = parse_size(max_bytes)
-    ttl_ns = 0 if ttl is None else ttl_to_ns(ttl)
-    number = isinstance(jitter, (int, float)) and not isinstance(jitter, bool)
-    if not number or not 0 <= jitter < 1:
-        raise (ValueError if number else TypeError)(
-            f"jitter must be a number from 0 to below 1, not {jitter!r}: it is the"
-            " largest part by which a TTL is shortened, 0.1 for 10 %"
-        )
-    if cleanup_interval is None:
-        seconds = math.inf if ttl is None else ttl / 4
-        cleanup_interval = min(MAX_CLEANUP, max(MIN_CLEANUP, seconds))
-    if shards is None:
-        shards = L.default_shards(max_entries, size)
-    else:
-        hint = "leave it out to have it follow from max_entries"
-        check_count(shards, "shards", 1, L.MAX_SHARDS, hint)
-        if max_entries and shards > max_entries:
-            raise ValueError(
-                f"shards={shards} cannot share {max_entries} entries; {hint}"
-            )
-    settings = Settings(
-        max_entries=max_entries,
-        max_bytes=size,
-        ttl_ns=ttl_ns,
-        sliding=check_flag(sliding, "sliding"),
-        jitter_ppm=round(jitter * 1_000_000),
-        cleanup_ns=ttl_to_ns(cleanup_interval, "cleanup_interval"),
-        shards=shards,
-        persist=check_flag(persist, "persist"),
-        codec=codec,
-    )
-    geometry = settings.geometry
-    if size < shards * geometry.block_size:
-        raise ValueError(
-            f"max_bytes of {size} has no room for a block of {geometry.block_size}"
-            f" bytes in each of {shards} shards; raise max_bytes or lower shards"
-        )
-    if geometry.blocks > L.MAX_INDEX:
-        raise ValueError(
-            f"max_bytes of {size} makes {geometry.blocks} blocks a shard, which is"
-            f" over {L.MAX_INDEX}; raise shards, or lower max_bytes"
-        )
-    return settings
-
-
-class Cache(Engine):
+class Cache(Member):
     """A bounded LRU + TTL map in shared memory, one for all processes of a host.
 
-    ``Cache(name)`` creates the segment of that name, or attaches to it when another
+    ``Cache(name)`` creates the segment of that name, or attaches to it if another
     process of the same user has created it; the settings must agree then.
 
-    - ``max_entries``: how many entries at most; 0, bounded by bytes alone.
-    - ``max_bytes``: room for keys and values, an int or a text such as "64 MiB";
-      default: 512 bytes an entry, at least 1 MiB.  Bookkeeping, 72 bytes an entry,
-      comes on top.  All of it is reserved at creation.
-    - ``ttl``: seconds an entry lives by default; None, for ever.
-    - ``sliding``: a hit renews the entry's time.
-    - ``jitter``: each TTL is shortened by a random part of up to this much, 0 to 1.
-    - ``cleanup_interval``: seconds from sweep to sweep in each process; default: a
-      quarter of the TTL, from 1 s to 5 min.
-    - ``shards``: parts with a lock each; default: 1 up to 16,384 entries, more above.
-      Entries and bytes are divided evenly, and LRU order holds within a shard.
-    - ``persist``: keep the segment when the last process has gone.
-    - ``lock_timeout``: seconds to wait for a lock before LockTimeout.
-    - ``codec``: "msgpack", "msgspec", "pickle" (executes code on reading: only where
-      all writers are trusted), "raw" (bytes), or an object with dumps and loads.
-    - ``clock``: what to use for time: a callable returning nanoseconds as an int or
-      seconds as a float, the same in all processes.
+    The methods that must be fast are inherited from ``Engine``, and stand with their
+    docstrings in ``shmcache/_engine/operations.py``: ``get``, ``peek``, ``get_many``,
+    ``gets``, ``ttl``, ``in``, ``[key]``; ``set``, ``set_many``, ``add``, ``replace``,
+    ``cas``, ``touch``, ``incr``, ``decr``, ``[key] = value``; ``delete``,
+    ``delete_many``, ``pop``, ``del [key]``.  ``sweep`` stands in
+    ``shmcache/_member.py``, and all other methods stand here.  All of them are safe to
+    use from any thread and process.
 
-    Raises ConfigMismatch, OutOfSharedMemory, SegmentRefused, SegmentCorrupt,
-    TooManyWorkers; ValueError and TypeError for arguments that make no sense.
+    Args:
+        name: 1 to 100 letters, digits, ".", "_" or "-".
+        max_entries: How many entries there are at most; 0: the bytes alone are bounded.
+        max_bytes: Room for keys and values, an int or a text such as "64 MiB".  The
+            default is 512 bytes an entry, at least 1 MiB.  Bookkeeping, 72 bytes an
+            entry, comes on top.  All of it is reserved at creation.
+        ttl: Seconds that an entry lives by default; None: for ever.
+        sliding: Whether a hit renews the time of its entry.
+        jitter: Each TTL is shortened by a random part of up to this much, 0 to 1.
+        cleanup_interval: Seconds from sweep to sweep in each process.  The default is a
+            quarter of the TTL, from 1 s to 5 min.
+        shards: Parts with a lock each.  The default is 1 up to 16,384 entries, and more
+            above.  Entries and bytes are divided evenly, and LRU order holds within a
+            shard.
+        persist: Whether the segment stays when the last process has gone.
+        lock_timeout: Seconds to wait for a lock before LockTimeout.
+        codec: "msgpack", "msgspec", "pickle" (executes code on reading, so use it only
+            where all writers are trusted), "raw" (bytes), or an object with ``dumps``
+            and ``loads``.
+        clock: What to use for time: a callable that returns nanoseconds as an int or
+            seconds as a float, the same in all processes.
+
+    Raises:
+        ConfigMismatch: The segment exists with other settings.
+        OutOfSharedMemory: /dev/shm has no room for the segment.
+        SegmentRefused: A file under the name is not safely ours.
+        SegmentCorrupt: The bytes of the segment make no sense.
+        TooManyWorkers: 1024 processes are attached already.
+        ValueError: An argument is out of its range.
+        TypeError: An argument has the wrong type.
     """
 
     def __init__(
@@ -184,7 +114,7 @@ class Cache(Engine):
         clock: Callable[[], float] | None = None,
     ) -> None:
         chosen = make_codec(codec)
-        settings = _plan(
+        settings = plan_settings(
             max_entries,
             max_bytes,
             ttl,
@@ -207,10 +137,18 @@ class Cache(Engine):
         codec: Any = None,
         clock: Callable[[], float] | None = None,
     ) -> Self:
-        """An existing cache, with its own settings; SegmentNotFound otherwise.
+        """Attach to an existing cache, with its own settings.
 
-        ``codec`` is needed only for one that cannot be made from its name, and to read
-        and write what is pickled: the segment's word is not enough for that.
+        Args:
+            name: As of ``Cache``; so are ``lock_timeout`` and ``clock``.
+            lock_timeout: Seconds.
+            codec: Is needed only for a codec that cannot be made from its name, and to
+                read and write what is pickled: the segment's word is not enough for
+                that.
+            clock: The one that the other processes use.
+
+        Raises:
+            SegmentNotFound: Nobody has created the cache, or all its users have gone.
         """
         self = cls.__new__(cls)
         chosen = None if codec is None else make_codec(codec)
@@ -233,156 +171,11 @@ class Cache(Engine):
 
     # --- life -----------------------------------------------------------------------
 
-    def _open(
-        self,
-        name: str,
-        settings: Settings | None,
-        codec: Any,
-        lock_timeout: float,
-        clock: Callable[[], float] | None,
-    ) -> None:
-        if not sys.platform.startswith("linux"):
-            raise UnsupportedPlatform(
-                f"shmcache needs Linux (record locks, /dev/shm), and this is"
-                f" {sys.platform}"
-            )
-        self.name = name
-        self.closed = True
-        self._codec = codec
-        self._timeout_ns = ttl_to_ns(lock_timeout, "lock_timeout")
-        self._given_clock = clock
-        self._clock = _nanoseconds(clock)
-        self._names = Names.of(name)
-        self._attach(settings)
-
-    def _attach(self, settings: Settings | None) -> None:
-        now = self._clock() if self._clock else time.monotonic_ns()
-        attachment = Attachment.open(self._names, settings, now, self._revive)
-        try:
-            self._take_up(attachment)
-        except BaseException:
-            attachment.release()
-            raise
-        # Leaves also when nobody calls close(), at the latest with the object.
-        self._finalizer = weakref.finalize(self, attachment.release)
-        self._finalizer.atexit = False
-
-    def _take_up(self, attachment: Attachment) -> None:
-        header = attachment.header
-        settings = header.settings
-        if self._codec is None:
-            unasked = settings.codec == "pickle"
-            self._codec = _Unasked() if unasked else make_codec(settings.codec)
-        elif self._codec.name != settings.codec:
-            settings.require_same(
-                Settings(**{**vars(settings), "codec": self._codec.name}), self.name
-            )
-        self._attachment = attachment
-        self._settings = settings
-        if attachment.touches is None:
-            attachment.touches = recency_buffers(settings.shards)
-        self.cleanup_interval = settings.cleanup_ns / 1e9
-        self._bind(
-            attachment.block.view,
-            header.geometry,
-            header.seed,
-            self._codec,
-            EngineSettings(
-                capacities=settings.capacities(),
-                clock=self._clock,
-                sliding=settings.sliding,
-                ttl_ns=settings.ttl_ns,
-                jitter_ppm=settings.jitter_ppm,
-                created_at_ns=header.created_at_ns,
-                lock_timeout_ns=self._timeout_ns,
-            ),
-            attachment.touches,
-            Peers(self.name, attachment, Cache._enter_process),
-        )
-        self._heed_log_level()
-        opened = self._open_semaphores(
-            [self._names.semaphore(shard) for shard in range(settings.shards)]
-        )
-        # For a cache that is dropped without close(); after close() it does nothing.
-        weakref.finalize(self, close_semaphores, opened).atexit = False
-        self.closed = False
-
-    def _revive(self, attachment: Attachment) -> None:
-        # Under the admin lock, and nobody else is there: the dead may have left any
-        # shard in any state, and its bytes may have been changed since.
-        self._take_up(attachment)
-        self._adopt()
-        kept = dropped = 0
-        for shard in range(attachment.header.geometry.shards):
-            dropped += self._rebuild_shard(shard)
-            kept += attachment.words[self._words_of(shard) + L.S_ENTRIES]
-        attachment.words[L.H_RECOVERED] = kept
-        attachment.words[L.H_LOST] = dropped
-        log.info(
-            "cache %s is used again: %d entries recovered, %d dropped",
-            self.name,
-            kept,
-            dropped,
-            extra={
-                "cache": self.name,
-                "event": "revived",
-                "recovered": kept,
-                "dropped": dropped,
-            },
-        )
-        self._unbind()
-        self._close_semaphores()
-        self.closed = True
-
-    def _words_of(self, shard: int) -> int:
-        geometry = self._attachment.header.geometry
-        return (geometry.shards_at + shard * geometry.stride) // 8
-
-    def _adopt(self) -> None:
-        attachment = self._attachment
-        self._join(
-            attachment.guard,
-            attachment.token,
-            attachment.row,
-            int.from_bytes(os.urandom(8), "little"),
-            attachment.owners,
-        )
-
-    def _enter_process(self) -> None:
-        if self.closed:
-            raise CacheClosed(
-                f"cache {self.name!r} was closed in this process; make a new"
-                " Cache object to use it again"
-            )
-        with mutex():
-            if self._is_joined():
-                return  # another thread was first
-            if not self._attachment.entered():
-                if not self._attachment.words:
-                    self.closed = True
-                    self._unbind()
-                    raise CacheClosed(
-                        f"cache {self.name!r} was closed at the end of this process"
-                    )
-                try:
-                    self._attachment.enter()
-                except SegmentNotFound:
-                    # Forked from a process that has gone since and took the segment
-                    # with it: the forked ones meet in a new one of the same name (as
-                    # another user, perhaps, than it was).
-                    leave = self._finalizer
-                    self._names = Names.of(self.name)
-                    self._close_semaphores()
-                    self._attach(self._settings)
-                    leave()
-            self._adopt()
-        sweeper().watch(self, self.cleanup_interval)
-
     def close(self) -> None:
         """Leave the cache in this process.
 
-        The last process to leave removes it, unless ``persist`` was asked for.
-        Calling it twice is fine; any other use afterwards raises CacheClosed.
+        The last process to leave removes it, unless ``persist`` was asked for.  A
+        second call does nothing; any other use afterwards raises CacheClosed.
         """
         with mutex():
             if self.closed:
@@ -395,31 +188,14 @@ class Cache(Engine):
             self._finalizer()
         sweeper().forget(self)
 
-    def _flush_quietly(self) -> None:
-        # Recency is not worth an error, nor a wait for a stopped holder.
-        try:
-            if self._is_joined():
-                self._flush_recency()
-        except Exception as error:  # noqa: BLE001
-            log.debug(
-                "touches of cache %s lost: %s",
-                self.name,
-                error,
-                extra={"cache": self.name, "event": "touches lost"},
-            )
-
     def unlink(self) -> None:
         """Remove the names of segment and semaphores now.
 
-        Processes that are attached go on with what they have; the next one to ask for
-        the name gets a new segment.
+        Processes that are attached go on with what they have; the next one that asks
+        for the name gets a new segment.
         """
         self._require_open()
         self._attachment.unlink()
-
-    def _require_open(self) -> None:
-        if self.closed or not self._is_joined():
-            self._enter_process()
 
     def __enter__(self) -> Self:
         return self
@@ -441,15 +217,10 @@ class Cache(Engine):
         state = "closed" if self.closed else f"max_entries={self._settings.max_entries}"
         return f"<shmcache.Cache {self.name!r} {state}>"
 
-    def _heed_log_level(self) -> None:
-        # The evictions of a handle map are logged by the owners of the handles.
-        handles = self._settings.codec == L.HANDLES
-        self._log_evictions(log.isEnabledFor(logging.DEBUG) and not handles)
-
     # --- reading and writing, the slower ones ---------------------------------------
 
     def setdefault(self, key: Any, default: Any = None, ttl: Any = ...) -> Any:
-        """The value of a key; ``default`` is stored and returned when it is absent."""
+        """Return the value of a key; store ``default`` when it is absent.  O(1)."""
         while True:
             value = self.get(key, MISSING)
             if value is not MISSING:
@@ -458,7 +229,7 @@ class Cache(Engine):
                 return default
 
     def update(self, other: Any = (), /, **more: Any) -> None:
-        """Store all pairs of a mapping or iterable, and of the keyword arguments."""
+        """Store all pairs of a mapping or iterable, and the keyword arguments."""
         pairs = other.items() if isinstance(other, Mapping) else other
         for key, value in pairs:
             self[key] = value
@@ -466,10 +237,12 @@ class Cache(Engine):
             self[key] = value
 
     def popitem(self) -> tuple[Any, Any]:
-        """Remove the least recently used entry; its key and value.
+        """Remove the least recently used entry, and return its key and value.
 
-        With several shards it is the least recently used of one of them.  KeyError
-        when the cache is empty.
+        With several shards it is the least recently used entry of one of them.
+
+        Raises:
+            KeyError: The cache is empty.
         """
         self._require_open()
         for shard in range(self._settings.shards):
@@ -595,9 +368,13 @@ class Cache(Engine):
     def clear(self, prefix: Any = None) -> int:
         """Remove all entries that are there now, or those whose key has a prefix.
 
-        ``prefix``: a str, bytes, or tuple; of a tuple key the first elements count.
-        Returns how many went.  O(buckets) in bounded steps; entries stored meanwhile
-        stay.
+        Entries that are stored meanwhile stay.  O(buckets), in short holds of one lock.
+
+        Args:
+            prefix: A str, bytes or tuple; of a tuple key the first elements count.
+
+        Returns:
+            How many entries went.
         """
         self._require_open()
         kind, data = 0, b""
@@ -623,55 +400,10 @@ class Cache(Engine):
                 removed += count
         return removed
 
-    def sweep(self, budget: float | None = None) -> int:
-        """Remove what has expired; how many went.
-
-        ``budget``: seconds after which to stop; None, when nothing is left.  O(expired)
-        in short holds of one lock.  Each process does this by itself from time to time.
-        """
-        self._require_open()
-        check_budget(budget, "budget")
-        started = time.monotonic()
-        removed = 0
-        for shard in range(self._settings.shards):
-            if not self._is_due(shard):
-                continue
-            while (count := self._step(shard, STEP)) >= 0:
-                removed += count
-                if budget is not None and time.monotonic() - started > budget:
-                    break
-        elapsed = time.monotonic() - started
-        self._attachment.count(L.R_SWEEPS)
-        self._attachment.count(L.R_SWEEP_NS, round(elapsed * 1e9))
-        bucket = bisect_left(L.SWEEP_BOUNDS, elapsed)
-        if bucket < len(L.SWEEP_BOUNDS):
-            self._attachment.count(L.R_SWEEP_BUCKETS + bucket)
-        return removed
-
-    def tend(self, budget: float) -> float:
-        """Do what the sweeper's thread does for a cache from time to time.
-
-        It removes expired entries, applies the recency buffer of this process, and
-        reaps the rows of dead workers.
-
-        Args:
-            budget: Seconds that it may take, about.
-
-        Returns:
-            Seconds until it wants to be called again.
-        """
-        self._require_open()
-        self._heed_log_level()
-        self._flush_recency()
-        self.sweep(budget)
-        self._attachment.reap()
-        behind = any(self._is_due(shard) for shard in range(self._settings.shards))
-        return 0.01 if behind else self.cleanup_interval
-
     # --- as a mapping ---------------------------------------------------------------
 
     def __len__(self) -> int:
-        """How many live entries there are; removes what has expired first."""
+        """The number of live entries; removes what has expired first."""
         self._require_open()
         for shard in range(self._settings.shards):
             while self._is_due(shard) and self._step(shard, STEP) >= 0:
@@ -690,10 +422,11 @@ class Cache(Engine):
         return True
 
     def __iter__(self) -> Iterator[Any]:
-        """All keys, in no order; what lives throughout is met exactly once.
+        """Iterate over all keys, in no order.
 
-        Iteration is no use of the entries.  It takes each lock for some dozens of
-        entries at a time, so others go on writing.
+        An entry that lives throughout is met exactly once.  Iteration is no use of the
+        entries.  It holds a lock for some dozens of entries at a time, so others go on
+        writing.
         """
         for kind, key, *_ in self._entries(values=False):
             yield decode_key(kind, key)
@@ -714,49 +447,57 @@ class Cache(Engine):
                     tag = meta >> L.META_TAG_SHIFT & 15
                     yield kind, key, tag, value, expires, stamp
 
+    def _iter_values(self) -> Iterator[Any]:
+        for _, _, tag, data, *_ in self._entries(values=True):
+            yield decode_tagged(self._codec, tag, data)
+
+    def _iter_items(self) -> Iterator[tuple[Any, Any]]:
+        for kind, key, tag, data, *_ in self._entries(values=True):
+            yield decode_key(kind, key), decode_tagged(self._codec, tag, data)
+
     def keys(self) -> KeysView[Any]:
         """The keys, as a view: ``len``, ``in``, iteration."""
         return KeysView(self)
 
     def values(self) -> ValuesView[Any]:
         """The values, as a view."""
-        return _Values(self)
+        return Values(self, self._iter_values)
 
     def items(self) -> ItemsView[Any, Any]:
         """The pairs of key and value, as a view; each pair was so at one moment."""
-        return _Items(self)
+        return Items(self, self._iter_items)
 
     # --- seeing ---------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """Counts since the segment's creation, over all processes, gone ones included.
+        """Return counts since the segment's creation, over all processes.
 
-        Each shard is read at one moment, without its lock.  O(shards + workers).
+        Processes that have gone are included.  Each shard is read at one moment,
+        without its lock; ``unstable_shards`` says for how many that failed.  O(shards +
+        workers).
         """
         self._require_open()
         attachment = self._attachment
+        copies = [self._shard_words(shard) for shard in range(self._settings.shards)]
         return Stats.of(
             attachment.header,
-            map(self._shard_words, range(self._settings.shards)),
+            [words for words, _ in copies],
             attachment.counters(),
             recovered=attachment.words[L.H_RECOVERED],
             workers=sum(map(attachment.alive, attachment.tokens())),
+            unstable_shards=sum(not stable for _, stable in copies),
         )
 
-    def _shard_words(self, shard: int) -> tuple[int, ...]:
-        # The words up to the counters' end as they were at one moment: the epoch is
-        # even and the same before and after.  A stopped writer must not keep us.
+    def _shard_words(self, shard: int) -> tuple[tuple[int, ...], bool]:
+        # The words up to the counters' end, and whether they are of one moment.
         base = self._words_of(shard)
         words = self._attachment.words
-        data: tuple[int, ...] = ()
-        for _ in range(1000):
-            epoch = words[base + L.S_SEQ]
-            data = struct.unpack(
-                f"{L.S_COUNTERS_END}Q", words[base : base + L.S_COUNTERS_END]
-            )
-            if epoch & 1 == 0 and words[base + L.S_SEQ] == epoch:
-                break
-        return data
+        form = f"{L.S_COUNTERS_END}Q"
+        return stable_read(
+            words,
+            base,
+            lambda: struct.unpack(form, words[base : base + L.S_COUNTERS_END]),
+        )
 
     def _writes(self) -> list[int] | None:
         # The number of writes that each shard has seen; None while one is under way.
@@ -772,10 +513,10 @@ class Cache(Engine):
         return counts
 
     def check(self) -> list[str]:
-        """What is wrong with the segment, a sentence each; empty when it is sound.
+        """Say what is wrong with the segment, a sentence each; empty when it is sound.
 
-        Reads every record and every list by an independent reader of the format, a
-        shard at a time, from a copy made under the shard's lock.  O(size).
+        An independent reader of the format reads every record and every list, a shard
+        at a time, from a copy made under the shard's lock.  O(size).
         """
         self._require_open()
         geometry = self._attachment.header.geometry
@@ -811,97 +552,7 @@ class Internals:
     in_flight: InFlightTable
 
 
-@dataclass(frozen=True)
-class EngineSettings:
-    """What ``Engine._bind`` needs of the settings."""
-
-    capacities: list[int]  # of each shard, in entries
-    clock: Callable[[], int] | None  # ns; None: CLOCK_MONOTONIC
-    sliding: bool
-    ttl_ns: int  # 0: never
-    jitter_ppm: int
-    created_at_ns: int
-    lock_timeout_ns: int
-
-
-class _Unasked:
-    """The codec of those who attach to a cache of pickles without saying so."""
-
-    name = "pickle"
-
-    def encode(self, _: object) -> NoReturn:
-        """Refuses."""
-        raise ConfigMismatch(
-            "this cache has codec 'pickle', which executes code on reading, so it must"
-            " be asked for by name: if you trust all who write to the cache, attach"
-            " with codec='pickle'"
-        )
-
-    decode = encode
-
-
-class _Values(ValuesView[Any]):
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
-
-    def __len__(self) -> int:
-        return len(self._cache)
-
-    def __iter__(self) -> Iterator[Any]:
-        for _, _, tag, data, *_ in self._cache._entries(values=True):
-            yield decode_tagged(self._cache._codec, tag, data)
-
-    def __contains__(self, value: object) -> bool:
-        return any(v is value or v == value for v in self)
-
-
-class _Items(ItemsView[Any, Any]):
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
-
-    def __len__(self) -> int:
-        return len(self._cache)
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        codec = self._cache._codec
-        for kind, key, tag, data, *_ in self._cache._entries(values=True):
-            yield decode_key(kind, key), decode_tagged(codec, tag, data)
-
-    def __contains__(self, item: object) -> bool:
-        if not isinstance(item, tuple) or len(item) != 2:
-            return False
-        try:
-            found = self._cache.peek(item[0], MISSING)
-        except UnsupportedKey:
-            return False
-        return found is not MISSING and bool(found is item[1] or found == item[1])
-
-
 MutableMapping.register(Cache)
-
-
-def _nanoseconds(clock: Callable[[], float] | None) -> Callable[[], int] | None:
-    """A clock as the engine wants it: int nanoseconds, or None for CLOCK_MONOTONIC."""
-    if clock is None:
-        return None
-    if not callable(clock):
-        raise TypeError(
-            f"clock must be callable, such as time.monotonic_ns, not {clock!r}"
-        )
-    first = clock()
-    if isinstance(first, bool) or not isinstance(first, (int, float)):
-        raise TypeError(
-            f"clock() returned {first!r}; it must return nanoseconds as an int or"
-            " seconds as a float"
-        )
-    if not 0 <= first < math.inf:
-        raise ValueError(
-            f"clock() returned {first!r}; use one that counts up from 0, such as"
-            " time.monotonic_ns"
-        )
-    if isinstance(first, int):
-        return clock  # type: ignore[return-value]
-    return lambda: round(clock() * 1e9)
 
 
 def _attached(

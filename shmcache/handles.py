@@ -242,7 +242,7 @@ class HandleMap:
             token,
             self._on_evict,
             self._callback_threads,
-            lambda: sweeper().watch(self, 0.0),
+            lambda: sweeper().watch(self, HandleMap._tend, 0.0),
         )
 
     def _state(self) -> ProcessState:

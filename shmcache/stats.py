@@ -59,6 +59,8 @@ class Stats:
         workers: How many processes are attached.
         age: Seconds since the segment was created.
         compiled: Whether this process runs the compiled engine.
+        unstable_shards: Shards whose counts are not of one moment, because their writer
+            did not come out (it was stopped, perhaps) while they were read.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Stats:
     workers: int
     age: float
     compiled: bool
+    unstable_shards: int = 0
 
     @classmethod
     def of(
@@ -105,6 +108,7 @@ class Stats:
         *,
         recovered: int,
         workers: int,
+        unstable_shards: int,
     ) -> Self:
         """Make the statistics from counters that were read from a segment.
 
@@ -114,6 +118,7 @@ class Stats:
             counters: The sums of the workers' counters, from word R_COUNTERS of a row.
             recovered: As the header's word H_RECOVERED says.
             workers: How many processes are attached.
+            unstable_shards: How many shards' words are not of one moment.
         """
         geometry, settings = header.geometry, header.settings
         sums = _sums(shards)
@@ -163,6 +168,7 @@ class Stats:
             workers=workers,
             age=(time.time_ns() - header.created_wall_ns) / 1e9,
             compiled=is_compiled,
+            unstable_shards=unstable_shards,
         )
 
     @property

@@ -29,6 +29,7 @@ if not cython.compiled:
     from shmcache._engine.constants import (
         CAPACITY,
         EXPIRED,
+        F64_EXPIRES,
         F_BLOCK,
         F_CHAIN,
         F_CHECKSUM,
@@ -68,7 +69,6 @@ if not cython.compiled:
         S_TICK,
         S_UNREAD,
         S_WHEEL_HEADS,
-        V_EXPIRES,
         WHEEL_TICK_BITS,
         Index,
         Word,
@@ -129,7 +129,7 @@ class Entries(Wheel):
     ) -> Index:
         # The same, but an entry that has expired leaves on this occasion.
         slot: Index = self._find(b, h & MASK32, kind, key)
-        if slot and self.w64[self._record(b, slot) + V_EXPIRES] <= now:
+        if slot and self.w64[self._record(b, slot) + F64_EXPIRES] <= now:
             self._unlink(b, slot, EXPIRED, now)
             return 0
         return slot
@@ -267,7 +267,7 @@ class Entries(Wheel):
                 raise Corrupt("wheel")
             while slot and limit > 0:
                 after = self.w32[2 * self._record(b, slot) + F_WHEEL_NEXT]
-                expires = self.w64[self._record(b, slot) + V_EXPIRES]
+                expires = self.w64[self._record(b, slot) + F64_EXPIRES]
                 if expires <= now:
                     self._unlink(b, slot, EXPIRED, now)
                     removed += 1
@@ -372,7 +372,7 @@ class Entries(Wheel):
         v: Index = self._record(b, slot)
         r: Index = 2 * v
         h32: Word = h & MASK32
-        self.w64[v + V_EXPIRES] = expires
+        self.w64[v + F64_EXPIRES] = expires
         self.w32[r + F_HASH] = cython.cast(cython.uint, h32)
         self.w32[r + F_BLOCK] = first
         self.w32[r + F_VALUE_LEN] = value_len

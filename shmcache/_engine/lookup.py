@@ -35,6 +35,7 @@ if not cython.compiled:
         BYTES_TAG,
         CODEC_TAG,
         COUNTS_AS_USE,
+        F64_EXPIRES,
         F_BLOCK,
         F_CHAIN,
         F_CHECKSUM,
@@ -52,7 +53,6 @@ if not cython.compiled:
         S_HITS,
         S_MISSES,
         S_SEQ,
-        V_EXPIRES,
         WANTS_VALUE,
         Index,
         Word,
@@ -173,7 +173,7 @@ class Lookup(Lock):
         v: Index = self._record(b, slot)
         r: Index = 2 * v
         value_len: Index = self.w32[r + F_VALUE_LEN]
-        expires: Word = self.w64[v + V_EXPIRES]
+        expires: Word = self.w64[v + F64_EXPIRES]
         block: Index = self.w32[r + F_BLOCK]
         tag: cython.uint = tag_of(self.w32[r + F_META])
         checksum32: cython.uint = self.w32[r + F_CHECKSUM]
@@ -229,9 +229,9 @@ class Lookup(Lock):
                 if cython.compiled:
                     # If the record has become another entry's since, this fails, unless
                     # that one was to expire at the same nanosecond.
-                    cas(cython.address(self.w64[v + V_EXPIRES]), expires, later)
+                    cas(cython.address(self.w64[v + F64_EXPIRES]), expires, later)
                 else:
-                    self.w64[v + V_EXPIRES] = later
+                    self.w64[v + F64_EXPIRES] = later
         return True
 
     @cython.cfunc
@@ -312,6 +312,6 @@ class Lookup(Lock):
         v = self._record(b, slot)
         self.w64[b + S_HITS] += 1
         self._use(b, slot)
-        if self.w64[v + V_EXPIRES] != NEVER:
-            self._is_alive(v, self.w64[v + V_EXPIRES], COUNTS_AS_USE)
+        if self.w64[v + F64_EXPIRES] != NEVER:
+            self._is_alive(v, self.w64[v + F64_EXPIRES], COUNTS_AS_USE)
         return 0

@@ -24,6 +24,7 @@ if cython.compiled:
     )
 if not cython.compiled:
     from shmcache._engine.constants import (
+        F64_EXPIRES,
         F_META,
         F_STAMP,
         F_TTL,
@@ -34,7 +35,6 @@ if not cython.compiled:
         REPLACED,
         S_GONE,
         S_SETS,
-        V_EXPIRES,
         Index,
         Word,
     )
@@ -207,12 +207,12 @@ class Numbers(Mailbox):
             v = self._record(b, slot)
             if keep_expiry:
                 ttl = self.w32[2 * v + F_TTL]
-                expires = self.w64[v + V_EXPIRES]
+                expires = self.w64[v + F64_EXPIRES]
                 if self.sliding and ttl and now + unpack_ttl(ttl) > expires:
                     expires = now + unpack_ttl(ttl)
             if (
                 tag == tag_of(self.w32[2 * v + F_META])
-                and expires == self.w64[v + V_EXPIRES]
+                and expires == self.w64[v + F64_EXPIRES]
                 and ttl == self.w32[2 * v + F_TTL]
             ):
                 version = self._begin_rewrite(

@@ -30,6 +30,7 @@ if not cython.compiled:
         CAPACITY,
         CAUSES,
         EXPIRED,
+        F64_EXPIRES,
         F_BLOCK,
         F_CHECKSUM,
         F_HASH,
@@ -70,7 +71,6 @@ if not cython.compiled:
         S_WHEEL_BITS,
         S_WHEEL_HEADS,
         STR_KEY,
-        V_EXPIRES,
         WHEEL_LEVELS,
         Index,
         Word,
@@ -185,8 +185,8 @@ class Rebuild(Entries):
                     seen.state[slot] = 1
                     if sequence_of(self.w64[v]) > sequence:
                         sequence = sequence_of(self.w64[v])
-                    if self.w64[v + V_EXPIRES] < seen.now:
-                        seen.now = self.w64[v + V_EXPIRES]
+                    if self.w64[v + F64_EXPIRES] < seen.now:
+                        seen.now = self.w64[v + F64_EXPIRES]
                 else:
                     self._put_word(v, self.w64[v] - 1)
                     seen.dropped += 1
@@ -205,7 +205,7 @@ class Rebuild(Entries):
         kind: cython.uint = kind_of(meta)
         tag: cython.uint = tag_of(meta)
         value_len: Index = self.w32[r + F_VALUE_LEN]
-        expires: Word = self.w64[r // 2 + V_EXPIRES]
+        expires: Word = self.w64[r // 2 + F64_EXPIRES]
         if kind < STR_KEY or kind > LAST_KIND or tag > LAST_TAG or expires == 0:
             return False
         if expires > MAX_EXPIRES and expires != NEVER:
@@ -344,8 +344,8 @@ class Rebuild(Entries):
             self.w32[2 * v + F_WHEEL_PREV] = 0
             self.w32[2 * v + F_WHEEL_NEXT] = 0
             self._chain_insert(b, slot, self.w32[2 * v + F_HASH])
-            if self.w64[v + V_EXPIRES] != NEVER:
-                self._wheel_insert(b, slot, self.w64[v + V_EXPIRES], seen.now)
+            if self.w64[v + F64_EXPIRES] != NEVER:
+                self._wheel_insert(b, slot, self.w64[v + F64_EXPIRES], seen.now)
             used += self._blocks_of(b, slot)
             entries += 1
         self.w64[b + S_ENTRIES] = entries

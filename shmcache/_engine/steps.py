@@ -20,6 +20,7 @@ if not cython.compiled:
         CLEARED,
         DELETED,
         EXPIRED,
+        F64_EXPIRES,
         F_BLOCK,
         F_CHAIN,
         F_HASH,
@@ -30,7 +31,6 @@ if not cython.compiled:
         S_ENTRIES,
         S_HOLDER,
         S_SEQ,
-        V_EXPIRES,
         Index,
         Word,
     )
@@ -113,7 +113,7 @@ class Steps(Writes):
                 steps = 0
                 while slot:
                     v = self._record(b, slot)
-                    if self.w64[v + V_EXPIRES] > now:
+                    if self.w64[v + F64_EXPIRES] > now:
                         if n >= room + 64:
                             raise Corrupt("hash chain")
                         out[5 * n] = self.w32[2 * v + F_META]
@@ -122,7 +122,7 @@ class Steps(Writes):
                             out[5 * n + 2] = self._value(
                                 b, slot, self.w32[2 * v + F_HASH]
                             )
-                        out[5 * n + 3] = self.w64[v + V_EXPIRES]
+                        out[5 * n + 3] = self.w64[v + F64_EXPIRES]
                         out[5 * n + 4] = self.w32[2 * v + F_STAMP]
                         n += 1
                     slot = self.w32[2 * v + F_CHAIN]
@@ -170,7 +170,7 @@ class Steps(Writes):
                     v = self._record(b, slot)
                     after = self.w32[2 * v + F_CHAIN]
                     if self.w64[v] <= newest and self._has_prefix(b, v, kind, prefix):
-                        if self.w64[v + V_EXPIRES] <= now:
+                        if self.w64[v + F64_EXPIRES] <= now:
                             self._unlink(b, slot, EXPIRED, now)
                         else:
                             self._unlink(b, slot, CLEARED, now)
@@ -218,7 +218,7 @@ class Steps(Writes):
                 if slot == 0:
                     break
                 v = self._record(b, slot)
-                if self.w64[v + V_EXPIRES] <= now:
+                if self.w64[v + F64_EXPIRES] <= now:
                     self._unlink(b, slot, EXPIRED, now)
                     continue
                 meta = self.w32[2 * v + F_META]

@@ -25,6 +25,7 @@ if not cython.compiled:
         CAS,
         DELETED,
         EXPIRED_PER_INSERT,
+        F64_EXPIRES,
         F_META,
         F_TTL,
         LONGEST_KEY,
@@ -34,7 +35,6 @@ if not cython.compiled:
         REPLACE,
         S_DUE,
         S_TOO_LARGE,
-        V_EXPIRES,
         Index,
         Word,
     )
@@ -222,7 +222,7 @@ class Writes(Lookup):
             if slot:
                 v = self._record(b, slot)
                 self._wheel_remove(b, slot)
-                self._put_word(v + V_EXPIRES, now + ns if ns else NEVER)
+                self._put_word(v + F64_EXPIRES, now + ns if ns else NEVER)
                 self.w32[2 * v + F_TTL] = pack_ttl(ns)
                 if ns:
                     self._wheel_insert(b, slot, now + ns, now)
@@ -277,7 +277,7 @@ class Writes(Lookup):
         try:
             slot = self._find(b, h & MASK32, kind, kb)
             if slot:
-                expires = self.w64[self._record(b, slot) + V_EXPIRES]
+                expires = self.w64[self._record(b, slot) + F64_EXPIRES]
         except BaseException as error:
             self._abort(s, b, error)
             raise

@@ -135,14 +135,15 @@ class Segment(RecordReader):
         """
         copies = [self._shard_words(shard) for shard in self.shards]
         counters, exact = sum_counters(self.w64)
+        unstable = [shard for shard, (_, stable) in enumerate(copies) if not stable]
         stats = Stats.of(
             self.header,
             [words for words, _ in copies],
             counters,
             recovered=self.w64[L.H_RECOVERED],
             workers=sum(worker.alive for worker in self.workers()),
+            unstable_shards=len(unstable),
         )
-        unstable = [shard for shard, (_, stable) in enumerate(copies) if not stable]
         return SegmentStats(stats, tuple(unstable), exact)
 
     def _shard_words(self, shard: int) -> tuple[tuple[int, ...], bool]:

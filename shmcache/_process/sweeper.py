@@ -27,7 +27,8 @@ import sys
 import threading
 import time
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from shmcache._process.uwsgi import threads_run
 from shmcache.errors import CacheClosed, LockTimeout
@@ -49,15 +50,18 @@ class Tended(Protocol):
     def closed(self) -> bool:
         """Whether the sweeper has nothing more to do for it."""
 
-    def tend(self, budget: float) -> float:
-        """Do what is due.
 
-        Args:
-            budget: Seconds that it may take, about.
+_T = TypeVar("_T", bound=Tended)
+# Does what is due for a cache or map.  It gets the seconds that it may take, about, and
+# returns the seconds until it wants to be called again.
+Tend = Callable[[_T, float], float]
 
-        Returns:
-            Seconds until it wants to be called again.
-        """
+
+class _Turn(NamedTuple):
+    """When a cache or map is to be looked after, and how."""
+
+    due: float
+    tend: Callable[[Any, float], float]
 
 
 class Sweeper:
@@ -65,7 +69,7 @@ class Sweeper:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self._due: weakref.WeakKeyDictionary[Tended, float] = (
+        self._turns: weakref.WeakKeyDictionary[Tended, _Turn] = (
             weakref.WeakKeyDictionary()
         )
         self._wake = threading.Event()
@@ -74,22 +78,25 @@ class Sweeper:
         self._thread: threading.Thread | None = None
         self._stop = False
 
-    def watch(self, tended: Tended, delay: float) -> None:
+    def watch(self, tended: _T, tend: Tend[_T], delay: float) -> None:
         """Look after a cache or map, for the first time in ``delay`` seconds.
 
-        The sweeper keeps no reference that would keep it alive.
+        Args:
+            tended: The cache or map; the sweeper does not keep it alive.
+            tend: A function, no bound method, which would keep it alive.
+            delay: Seconds.
         """
         if not threads_run():
             return
         with self._lock:
-            self._due[tended] = time.monotonic() + delay
+            self._turns[tended] = _Turn(time.monotonic() + delay, tend)
             self._start()
         self._wake.set()
 
     def forget(self, tended: Tended) -> None:
         """Stop looking after a cache or map; after the last one the thread ends."""
         with self._lock:
-            self._due.pop(tended, None)
+            self._turns.pop(tended, None)
         self._wake.set()
 
     def _start(self) -> None:
@@ -125,7 +132,7 @@ class Sweeper:
     def resume(self) -> None:
         """Start the thread again if there is something to look after."""
         with self._lock:
-            if len(self._due):
+            if len(self._turns):
                 self._start()
 
     def _run(self) -> None:
@@ -136,26 +143,26 @@ class Sweeper:
             if self._stop:
                 return
             with self._lock:
-                work = list(self._due.items())
+                work = list(self._turns.items())
                 if not work:
                     # Nothing is left: the next watch() starts another thread.
                     self._thread = None
                     return
             now = time.monotonic()
-            for tended, due in work:
-                if due <= now and not self._stop:
-                    self._look_after(tended, due)
+            for tended, turn in work:
+                if turn.due <= now and not self._stop:
+                    self._look_after(tended, turn)
             # While the thread waits, its variables must keep no cache alive.
             work = tended = None  # type: ignore[assignment]
             with self._lock:
-                next_due = min(self._due.values(), default=now)
+                next_due = min((t.due for t in self._turns.values()), default=now)
             self._wake.wait(max(0.005, next_due - time.monotonic()))
 
-    def _look_after(self, tended: Tended, due: float) -> None:
+    def _look_after(self, tended: Tended, turn: _Turn) -> None:
         delay = RETRY
         try:
             if not tended.closed:
-                delay = tended.tend(STEP_BUDGET)
+                delay = turn.tend(tended, STEP_BUDGET)
         except CacheClosed:
             pass
         except LockTimeout as error:
@@ -174,11 +181,11 @@ class Sweeper:
                 )
         with self._lock:
             # If it differs, watch() has set another time meanwhile.
-            if self._due.get(tended) == due:
+            if self._turns.get(tended) is turn:
                 if tended.closed:
-                    del self._due[tended]
+                    del self._turns[tended]
                 else:
-                    self._due[tended] = time.monotonic() + delay
+                    self._turns[tended] = _Turn(time.monotonic() + delay, turn.tend)
 
 
 def _wait_for_end(thread: threading.Thread) -> None:

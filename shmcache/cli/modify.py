@@ -185,7 +185,8 @@ def _attached(name: str, *, storing: bool = False) -> Iterator[shmcache.Cache]:
 
 
 def _codec_of(cache: shmcache.Cache) -> str:
-    return cache.internals.settings.codec
+    codec: str = cache.internals.settings.codec
+    return codec
 
 
 def _unknown(_: object) -> NoReturn:

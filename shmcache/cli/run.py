@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from shmcache._engine import compiled
+from shmcache._engine import is_compiled
 from shmcache._version import __version__
 from shmcache.cli.options import Command, argument
 from shmcache.cli.output import lacking
@@ -52,7 +52,7 @@ def _soak(options: argparse.Namespace) -> int:
 def _info(_options: argparse.Namespace) -> int:
     python = f"{platform.python_implementation()} {platform.python_version()}"
     print(f"shmcache  {__version__}")
-    print(f"compiled  {'yes' if compiled else 'no: runs interpreted'}")
+    print(f"compiled  {'yes' if is_compiled else 'no: runs interpreted'}")
     print(f"python    {python} ({sys.executable})")
     print(f"platform  {platform.platform()}")
     return 0

@@ -85,6 +85,10 @@ def _work(load: Load, serial: int) -> None:
         while not end and (left := due - time.monotonic()) > 0:
             time.sleep(min(0.1, left))
     traffic.close()
+    # At its end Python restores the default handlers.  A second SIGTERM, which the
+    # master sends to all its children when the run ends, would then count as a failure.
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     sys.exit(0)
 
 

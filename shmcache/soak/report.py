@@ -92,7 +92,9 @@ def conclusion(record: Record) -> str:
         grown = ", ".join(j.quantity for j in record.leaks)
         return f"It leaks: {grown}."
     if record.findings:
-        return f"{len(record.findings)} things do not add up; see below."
+        count = len(record.findings)
+        what = "1 thing does" if count == 1 else f"{count} things do"
+        return f"{what} not add up; see below."
     if not any(j.judged for j in record.judgements if "worker" in j.quantity):
         return "Everything adds up; no worker lived long enough to be judged."
     return "Flat, and everything adds up."

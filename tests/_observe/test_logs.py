@@ -276,10 +276,10 @@ def test_level_is_heeded_while_the_cache_is_open(
     cache["a"] = cache["b"] = 1
     assert records.of("evicted") == []
     LOGGER.setLevel(logging.DEBUG)
-    cache.tend(1.0)
+    cache._tend(1.0)
     cache["c"] = 1
     LOGGER.setLevel(logging.INFO)
-    cache.tend(1.0)
+    cache._tend(1.0)
     cache["d"] = 1
     assert [each["key"] for each in records.of("evicted")] == ["'b'"]
 

@@ -400,6 +400,7 @@ def test_stats_are_those_of_the_cache(make_cache: Callable[..., Cache]) -> None:
         "inside": [],
         "trouble": "",
     } == {key: stats[key] for key in ("settings", "inside", "trouble")}
+    assert ([], True) == (stats["unstable"], stats["exact"])
     text = result("stats", cache.name)
     hits, lookups = expected["hits"], expected["hits"] + expected["misses"]
     assert f"hits           {hits} of {lookups} (" in text
@@ -805,6 +806,8 @@ def test_a_writer_who_does_not_come_out(make_cache: Callable[..., Cache]) -> Non
     assert (os.getpid(), True, True, 1) == tuple(
         inside[key] for key in ("pid", "alive", "writing", "waiting")
     )
+    assert ([0], True) == (stats["unstable"], stats["exact"])
+    assert "shard 0: its counts are not of one moment" in result("stats", name)
     # A waiter wakes up now and then, so from here on it may be seen or not.
     assert f"shard 0: process {os.getpid()} is inside; waiting: " in result(
         "stats", name

@@ -42,7 +42,7 @@ from shmcache._format import layout as L
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.counted]
 
 ABSENT = "absent"
 FOR_EVER = 1_000_000

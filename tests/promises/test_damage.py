@@ -18,7 +18,7 @@ import damage_rig
 import pytest
 from amounts import DAMAGES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.counted]
 
 SEED = int(os.environ.get("SHMCACHE_SEED", "1"))
 # Segments in use are the cheap ones; those at rest are attached to anew each time.

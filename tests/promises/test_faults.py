@@ -660,6 +660,7 @@ def check_strikes(stage: Stage, numbers: Iterator[int], what: str) -> int:
     return count
 
 
+@pytest.mark.counted
 @interpreted_only
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_5_exception_at_any_line(make_cache: Callable[..., Cache], name: str) -> None:
@@ -673,6 +674,7 @@ def test_5_exception_at_any_line(make_cache: Callable[..., Cache], name: str) ->
     assert check_strikes(stage, itertools.count(first, step), "line") > 0
 
 
+@pytest.mark.counted
 @interpreted_only
 @pytest.mark.parametrize("name", ["set_new", "get_of_the_latest", "pop"])
 def test_5_exception_at_any_bytecode(
@@ -684,6 +686,7 @@ def test_5_exception_at_any_bytecode(
     assert check_strikes(stage, numbers, "opcode") > 50 // EVERY_STRIKE
 
 
+@pytest.mark.counted
 @interpreted_only
 def test_5_others_write_after_an_exception(make_cache: Callable[..., Cache]) -> None:
     """After an exception at any line of a write, another process can write although
@@ -751,6 +754,7 @@ PERSISTENT: dict[str, Any] = {"max_entries": 10, "persist": True}
 
 
 @pytest.mark.slow
+@pytest.mark.counted
 @pytest.mark.once
 @pytest.mark.parametrize("what", MEMBERSHIP)
 def test_5_exception_while_coming_or_going(
@@ -881,6 +885,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.counted
 def test_5_handlers_that_raise(make_cache: Callable[..., Cache]) -> None:
     """A process that is struck by many exceptions out of a signal handler, at
     any point of time, and then does nothing, leaves a cache that others can use."""
@@ -893,6 +898,7 @@ def test_5_handlers_that_raise(make_cache: Callable[..., Cache]) -> None:
     is_sound(cache)
 
 
+@pytest.mark.counted
 def test_5_handler_that_uses_the_cache(make_cache: Callable[..., Cache]) -> None:
     """A signal handler may use the cache that it interrupts: compiled, always;
     interpreted, it is told when it may not; never is there a deadlock."""
@@ -946,6 +952,7 @@ def kill_a_creator(name: str, alive: set[int], told: int, random: Random) -> set
 
 
 @pytest.mark.slow
+@pytest.mark.counted
 @pytest.mark.once
 def test_6_creators_killed_at_random(new_name: Callable[[], str]) -> None:
     """Of 50 processes that create a cache at once, one to three are killed while they
@@ -1587,6 +1594,7 @@ def hammer(cache: Cache, number: int, seconds: float) -> tuple[int, float, int]:
     return done, longest, passed
 
 
+@pytest.mark.counted
 def test_12_spare_permits_let_nobody_in_twice(
     make_cache: Callable[..., Cache],
 ) -> None:
@@ -1625,6 +1633,7 @@ def test_12_spare_permits_let_nobody_in_twice(
 
 
 @pytest.mark.slow
+@pytest.mark.counted
 def test_12_nobody_starves(make_cache: Callable[..., Cache]) -> None:
     """Of eight processes that hammer one shard each gets its turns, and none is made
     to wait a quarter of a second while the others take theirs.

@@ -329,6 +329,7 @@ def one_history(cache: Cache, number: int, random: Random) -> dict[str, Any]:
     return histories
 
 
+@pytest.mark.counted
 def test_operations_are_linearizable(make_cache: Callable[..., Cache]) -> None:
     """Every history of a key, of four processes of which up to three are killed, has
     an order of its operations that explains what each of them returned."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from conftest import Clock
 
 
+@pytest.mark.counted
 @pytest.mark.parametrize("machine", [OneShard, ManyShards])
 def test_cache_agrees_with_the_model(
     machine: type[OneShard],

@@ -65,6 +65,7 @@ with Cache(name, max_entries=100) as cache:
 
 
 @pytest.mark.slow
+@pytest.mark.counted
 def test_close_beside_a_thread_that_writes(name: str) -> None:
     """A thread in the midst of writes is told that another has closed the cache, at
     whatever moment; nothing crashes, and nothing is left."""
@@ -75,6 +76,7 @@ def test_close_beside_a_thread_that_writes(name: str) -> None:
 # --- fork -----------------------------------------------------------------------
 
 
+@pytest.mark.counted
 @pytest.mark.parametrize("created", ["before", "after"])
 def test_counters_add_up_over_processes_and_threads(
     name: str, make_cache: Callable[..., Cache], created: str
@@ -479,7 +481,7 @@ def test_sweeper_that_is_told_to_stop_stops(make_cache: Callable[..., Cache]) ->
             super().clear()
 
     sweeper._wake = Bell()
-    sweeper.watch(cache, 0)
+    sweeper.watch(cache, Cache._tend, 0)
     thread = sweeper._thread
     assert thread
     thread.join(5)
@@ -645,7 +647,7 @@ def test_exec_leaves_the_cache(name: str, make_cache: Callable[..., Cache]) -> N
     cache["b"] = os.getpid()
     again = (
         "import os, sys; from shmcache import Cache; cache = Cache.attach(sys.argv[1]);"
-        " cache.incr('b', 0); cache.tend(1);"
+        " cache.incr('b', 0); cache._tend(1);"
         " print(cache['a'], cache['b'] == os.getpid(), len(cache._attachment.tokens()))"
     )
     os.execv(sys.executable, [sys.executable, "-c", again, sys.argv[1]])
@@ -723,6 +725,7 @@ def test_leftovers_of_killed_users_are_replaced(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.counted
 def test_fifty_processes_start_at_once(new_name: Callable[[], str]) -> None:
     """They make one segment between them, without an error, and the last one of them
     removes it, many times over."""
@@ -814,6 +817,7 @@ def whole(key: str, value: Any) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.counted
 def test_no_torn_or_foreign_value_in_a_million_reads(
     make_cache: Callable[..., Cache],
 ) -> None:

@@ -23,7 +23,7 @@ from storm_rig import ROOMY, VARIANTS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.counted]
 
 SEED = int(os.environ.get("SHMCACHE_SEED", "0")) or secrets.randbits(32)
 

@@ -101,6 +101,7 @@ def reference(trace: list[int], capacity: int) -> list[bool]:
     return hits
 
 
+@pytest.mark.counted
 @pytest.mark.parametrize("capacity", [50, 1000, 20_000])
 @pytest.mark.parametrize("name", [*MADE, *TRACES])
 def test_hits_are_those_of_an_lru(

@@ -263,7 +263,7 @@ class Rounds:
             lambda _: cache.clear(prefix="key 1"),
             lambda _: len(cache),
             lambda _: cache.stats(),
-            lambda _: cache.tend(0.05),
+            lambda _: cache._tend(0.05),
         ]
 
     def use(self, rng: random.Random) -> None:
@@ -479,7 +479,7 @@ class RoundsOfHandles(Rounds):
             lambda key: key in self.map,
             lambda _: len(self.map),
             lambda _: self.map.stats(),
-            lambda _: self.map.tend(0),
+            lambda _: self.map._tend(0),
             lambda _: self.map.clear(),
         ]
 
