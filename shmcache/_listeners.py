@@ -270,12 +270,8 @@ class Listeners:
 
     # --- looking ----------------------------------------------------------------------
 
-    def tend(self, _: float) -> float:
-        """Do what is due; the sweeper's thread calls this.
-
-        Returns:
-            The seconds until the next call.
-        """
+    def _tend(self, _: float) -> float:
+        # The sweeper's thread calls this again and again.
         if self._process.pid != os.getpid():
             return IDLE  # this process was forked, and has not listened yet
         self._look(self._process)

@@ -271,12 +271,8 @@ class HandleMap:
         closed: bool = self._registry.closed
         return closed
 
-    def tend(self, _: float) -> float:
-        """Do what is due; the sweeper's thread calls this.
-
-        Returns:
-            The seconds until the next call.
-        """
+    def _tend(self, _: float) -> float:
+        # The sweeper's thread calls this again and again.
         state = self._process
         if state.token != self._registry.attached_token:
             return IDLE  # this process was forked, and has not used the map yet

@@ -257,7 +257,7 @@ def test_evictions_are_noted_only_at_debug(
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.DEBUG)
     try:
-        cache.tend(1.0)
+        cache._tend(1.0)
         cache["one more"] = 1
     finally:
         LOGGER.setLevel(level)
