@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.once
 
 SEED = 0x0123_4567_89AB_CDEF
-INCARNATION = 9
-TICK = 0o12_34_56_71_23_45_67  # of the wheels, a digit of theirs in every pair
-TOKEN = 5 << 16 | 3  # incarnation 5 in row 2
+GENERATION = 9
+TICK = 0o12_34_56_71_23_45_67  # of the wheel: each pair is a digit of it
+TOKEN = 5 << 16 | 3  # generation 5 in row 2
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Segment:
             fmt.H_JITTER: 100_000,
             fmt.H_CLEANUP: 15 * 10**9,
             fmt.H_FLAGS: fmt.FLAG_PERSIST | fmt.FLAG_SLIDING,
-            fmt.H_GENERATION: INCARNATION,
+            fmt.H_GENERATION: GENERATION,
             fmt.H_RETIRED: 1,
             fmt.H_LOCK_INODE: 12_345,
             fmt.H_RECOVERED: self.shards * slots,
@@ -105,12 +105,12 @@ class Segment:
             self.put64(8 * word, value)
         self.put_text(fmt.CODEC_AT, "msgpack")
         self.put_text(fmt.NAME_AT, "books-1.v2_x")
-        bank = fmt.RETIRED_AT + fmt.RETIRED_WORDS
-        self.put64(8 * bank, 77)
-        self.put64(8 * (bank + fmt.RETIRED_TOKEN), 1 << 16 | 2)
-        for row, incarnation in ((0, 9), (2, 5)):
+        retired = fmt.RETIRED_AT + fmt.RETIRED_WORDS
+        self.put64(8 * retired, 77)
+        self.put64(8 * (retired + fmt.RETIRED_TOKEN), 1 << 16 | 2)
+        for row, generation in ((0, 9), (2, 5)):
             at = fmt.ROWS_AT + row * fmt.ROW_SIZE
-            self.put64(at, incarnation << 16 | row + 1)
+            self.put64(at, generation << 16 | row + 1)
             self.put64(at + 8 * fmt.R_PID, 4711 + row)
             self.put64(at + 8 * fmt.R_HITS, 10)
 
@@ -412,7 +412,7 @@ def test_holder_checks_itself() -> None:
     segment = sound()
     header = check.read_header(segment.data)
     segment.put64(segment.word(fmt.S_SEQ, 1), 35)
-    segment.put64(segment.word(fmt.S_HOLDER, 1), (INCARNATION + 1) << 16 | 5)
+    segment.put64(segment.word(fmt.S_HOLDER, 1), (GENERATION + 1) << 16 | 5)
     copy = shard_copy(segment, 1)
 
     assert check.check_shard(copy, header, 1, quiescent=False) == []
@@ -518,35 +518,35 @@ DAMAGES = [
     # the header
     header(fmt.H_MAGIC, 0, "header: magic is 0x0000000000000000, not 0x"),
     header(fmt.H_FORMAT, 2, "header: format is 2, not 1"),
-    header(fmt.H_SIZE, 4096, "header: size is 4096, of this plan it is"),
+    header(fmt.H_SIZE, 4096, "header: size is 4096, but planned is"),
     header(fmt.H_SEED, SEED + 1, "slot 9: hash is"),
-    header(fmt.H_CREATED_WALL, 0, "header: created is 0"),
-    header(fmt.H_CREATED_AT, HUGE, "header: epoch is"),
+    header(fmt.H_CREATED_WALL, 0, "header: created_wall is 0"),
+    header(fmt.H_CREATED_AT, HUGE, "header: created_at is"),
     header(fmt.H_SHARDS, 0, "header: shards is 0, not from 1 to 256"),
     header(fmt.H_SHARDS, 257, "header: shards is 257, not from 1 to 256"),
     header(fmt.H_SHARDS, 3, "header: size is"),
     header(fmt.H_SLOTS, 1, "header: slots is 1, not from 2 to"),
     header(fmt.H_SLOTS, 1 << 31, "header: slots is 2147483648, not from"),
-    header(fmt.H_SLOTS, 11, "header: slots is 11, for max_entries 18 10"),
+    header(fmt.H_SLOTS, 11, "header: slots is 11, but max_entries 18 makes it 10"),
     header(fmt.H_BLOCKS, 0, "header: blocks is 0, not from 1 to"),
-    header(fmt.H_BLOCKS, 41, "header: blocks is 41, for max_bytes 5120 40"),
+    header(fmt.H_BLOCKS, 41, "header: blocks is 41, but max_bytes 5120 makes it 40"),
     header(fmt.H_BLOCK_SIZE, 0, "header: block_size is 0, not from 64 to 4096"),
     header(fmt.H_BLOCK_SIZE, 96, "header: block_size is 96, not a power of two"),
-    header(fmt.H_STRIDE, 0, "header: stride is 0, of this plan it is"),
-    header(fmt.H_ROWS, 1023, "header: rows is 1023, of this plan it is 1024"),
+    header(fmt.H_STRIDE, 0, "header: stride is 0, but planned is"),
+    header(fmt.H_ROWS, 1023, "header: rows is 1023, but planned is 1024"),
     header(fmt.H_MAX_ENTRIES, 4, "8 records are live, over the shard's share of 2"),
-    header(fmt.H_MAX_ENTRIES, 0, "header: slots is 10, for max_entries 0 41"),
-    header(fmt.H_MAX_BYTES, 100, "header: blocks is 40, for max_bytes 100 1"),
+    header(fmt.H_MAX_ENTRIES, 0, "header: slots is 10, but max_entries 0 makes it 41"),
+    header(fmt.H_MAX_BYTES, 100, "header: blocks is 40, but max_bytes 100 makes it 1"),
     header(fmt.H_TTL, fmt.MAX_TTL_NS + 1, "header: ttl is"),
     header(fmt.H_JITTER, 1_000_001, "header: jitter is 1000001, over 1000000"),
     header(fmt.H_CLEANUP, HUGE, "header: cleanup is"),
     header(fmt.H_FLAGS, 5, "header: flags have unknown bits 0x4"),
-    header(fmt.H_GENERATION, 1 << 48, "header: incarnation is"),
-    header(fmt.H_GENERATION, 8, "row 0: token 0x90001 has incarnation 9"),
-    header(fmt.H_RETIRED, 2, "header: fold is 2, over 1"),
-    header(fmt.H_LOCK_INODE, 0, "header: lease is 0"),
-    header(fmt.H_RECOVERED, 21, "header: recovered is 21, of 20 records"),
-    header(fmt.H_LOST, 21, "header: lost is 21, of 20 records"),
+    header(fmt.H_GENERATION, 1 << 48, "header: generation is"),
+    header(fmt.H_GENERATION, 8, "row 0: token 0x90001 has generation 9"),
+    header(fmt.H_RETIRED, 2, "header: retired is 2, over 1"),
+    header(fmt.H_LOCK_INODE, 0, "header: lock_inode is 0"),
+    header(fmt.H_RECOVERED, 21, "header: recovered is 21, but there are 20 records"),
+    header(fmt.H_LOST, 21, "header: lost is 21, but there are 20 records"),
     header(fmt.CODEC_AT // 8, 0, "header: codec has length 0, not from 1 to 63"),
     header(fmt.CODEC_AT // 8, MASK32, "header: codec has length 255"),
     header(fmt.CODEC_AT // 8, 0xFF01, "header: codec is not UTF-8"),
@@ -554,52 +554,52 @@ DAMAGES = [
     header(fmt.NAME_AT // 8, 0, "header: name has length 0, not from 1 to 191"),
     header(fmt.NAME_AT // 8, 192, "header: name has length 192"),
     header(fmt.NAME_AT // 8, 0x2F01, "header: name '/' has characters"),
-    # the fold banks
-    header(fmt.RETIRED_AT, HUGE, "fold bank 0: counter 0 is"),
+    # the retired counters
+    header(fmt.RETIRED_AT, HUGE, "retired counters 0: counter 0 is"),
     header(
         fmt.RETIRED_AT + fmt.RETIRED_TOKEN,
         1,
-        "fold bank 0: token 0x1 has incarnation 0",
+        "retired counters 0: token 0x1 has generation 0",
     ),
     header(
         fmt.RETIRED_AT + fmt.RETIRED_WORDS + fmt.RETIRED_TOKEN,
         0,
-        "counts 77 of no worker",
+        "retired counters 1: count 77 of no worker",
     ),
     # the rows
     row(1, fmt.R_TOKEN, 8 << 16, "row 1: token 0x80000 names row -1 of 1024"),
     row(1, fmt.R_TOKEN, 8 << 16 | 1025, "row 1: token 0x80401 names row 1024 of 1024"),
     row(1, fmt.R_TOKEN, 8 << 16 | 1, "row 1: token 0x80001 names row 0"),
-    row(1, fmt.R_TOKEN, 2, "row 1: token 0x2 has incarnation 0, the newest is 9"),
-    row(1, fmt.R_TOKEN, 10 << 16 | 2, "row 1: token 0xa0002 has incarnation 10"),
-    row(1, fmt.R_TOKEN, 9 << 16 | 2, "row 1: incarnation 9 is also in row 0"),
+    row(1, fmt.R_TOKEN, 2, "row 1: token 0x2 has generation 0, the newest is 9"),
+    row(1, fmt.R_TOKEN, 10 << 16 | 2, "row 1: token 0xa0002 has generation 10"),
+    row(1, fmt.R_TOKEN, 9 << 16 | 2, "row 1: generation 9 is also in row 0"),
     row(0, fmt.R_PID, 1 << 23, "row 0: pid is 8388608"),
     row(0, fmt.R_STARTED, HUGE, "row 0: started is"),
     row(LAST_ROW, fmt.R_MISSES, HUGE, "row 1023: misses is"),
     row(LAST_ROW, fmt.ROW_WORDS - 1, HUGE, "row 1023: word 31 is"),
     # the words of a shard
-    shard(fmt.S_SEQ, 35, "epoch is 35, odd, with no writer inside"),
-    shard(fmt.S_HOLDER, TOKEN, "holder is 0x50003 with nobody inside"),
+    shard(fmt.S_SEQ, 35, "seq is 35, odd, with no writer inside"),
+    shard(fmt.S_HOLDER, TOKEN, "holder is 0x50003, with no writer inside"),
     shard(fmt.S_HOLDER, MASK32, "holder: token 0xffffffff names row 65534 of 1024"),
     shard(fmt.S_ACQUISITIONS, HUGE, "acquisitions is"),
     shard(fmt.S_SEQUENCE, 7, "slot 2: written by write 8, the last was 7"),
     shard(fmt.S_SEQUENCE, HUGE, "sequence is"),
     shard(fmt.S_ENTRIES, 7, "entries is 7, but 8 records are live"),
-    shard(fmt.S_BLOCKS_USED, 11, "blocks used is 11, but chains hold 12"),
+    shard(fmt.S_BLOCKS_USED, 11, "blocks used is 11, but block runs have 12"),
     shard(fmt.S_FREE_SLOT, 0, "slot 1: neither live nor reached in the free list"),
     shard(fmt.S_FREE_SLOT, 10, "free slots: lead to slot 10, fresh slot is 9"),
     shard(fmt.S_FREE_SLOT, 4, "slot 4: live, and in the list of free slots"),
-    shard(fmt.S_FRESH_SLOT, 8, "slot 9: live, beyond fresh slot 8"),
+    shard(fmt.S_FRESH_SLOT, 8, "slot 9: live, but beyond fresh slot 8"),
     shard(fmt.S_FRESH_SLOT, 10, "slot 10: neither live nor reached in the free"),
     shard(fmt.S_FRESH_SLOT, 11, "fresh slot is 11 of 10"),
     shard(fmt.S_FREE_BLOCK, 0, "blocks 1, 2, 3, 4 and 4 more: lost, 512 bytes"),
     shard(fmt.S_FREE_BLOCK, 21, "free blocks: lead to 21, fresh block is 20"),
-    shard(fmt.S_FREE_BLOCK, 9, "free blocks: lead to 9, in the chain of slot 2"),
-    shard(fmt.S_FRESH_BLOCK, 19, "slot 9: block 1 of the 3 of its chain is 20 of 19"),
+    shard(fmt.S_FREE_BLOCK, 9, "free blocks: lead to 9, in the block run of slot 2"),
+    shard(fmt.S_FRESH_BLOCK, 19, "slot 9: block 1 of the 3 of its run is 20 of 19"),
     shard(fmt.S_FRESH_BLOCK, 21, "block 21: lost, 64 bytes neither used nor free"),
     shard(fmt.S_FRESH_BLOCK, 41, "fresh block is 41 of 40"),
     shard(fmt.S_TICK, TICK + (1 << 36), "due at tick"),
-    shard(fmt.S_TICK, TICK + 6, "which the wheel passed"),
+    shard(fmt.S_TICK, TICK + 6, "which the wheel has passed"),
     shard(fmt.S_TICK, 1 << 44, "tick is 17592186044416, later than any time"),
     shard(fmt.S_DUE, at_tick(TICK - 9) + 1, "slot 7: expires before due"),
     shard(fmt.S_DUE, NEVER, "slots 2, 3, 4, 5 and 2 more: expires before due"),
@@ -610,12 +610,12 @@ DAMAGES = [
     shard(fmt.S_DROPPED, HUGE, "dropped is"),
     shard(fmt.S_WHEEL_BITS + 3, 2, "wheel list 193: its bit is 1, its head is 0"),
     shard(fmt.S_WHEEL_BITS, 0, "its bit is 0, its head is 7"),
-    shard(fmt.S_IN_FLIGHT, 1, "claim 0: token 0x0 names row -1 of 1024"),
-    shard(fmt.S_IN_FLIGHT + 1, 1, "claim 0: token 0x1 has incarnation 0"),
+    shard(fmt.S_IN_FLIGHT, 1, "in-flight 0: token 0x0 names row -1 of 1024"),
+    shard(fmt.S_IN_FLIGHT + 1, 1, "in-flight 0: token 0x1 has generation 0"),
     shard(
         fmt.S_IN_FLIGHT + 7,
         10 << 16 | 1,
-        "claim 3: token 0xa0001 has incarnation 10",
+        "in-flight 3: token 0xa0001 has generation 10",
     ),
     # records
     record64(0, fmt.F_VERSION, 3, "slot 0: the sentinel's version is 3, live"),
@@ -624,16 +624,16 @@ DAMAGES = [
     record64(SLOT, fmt.F_VERSION, 19, "slot 9: written by write 9, the last was 8"),
     record64(SLOT, fmt.F_VERSION, 5, "slot 9: written by write 2, as slot 8 is"),
     record64(FREE_SLOT, fmt.F_VERSION, 3, "entries is 8, but 9 records are live"),
-    record64(10, fmt.F_VERSION, 3, "slot 10: live, beyond fresh slot 9"),
-    record64(SLOT, fmt.F_EXPIRES, at_tick(TICK), "slot 9: expires, but in no reached"),
+    record64(10, fmt.F_VERSION, 3, "slot 10: live, but beyond fresh slot 9"),
+    record64(SLOT, fmt.F_EXPIRES, at_tick(TICK), "slot 9: expires, but is not reached"),
     record64(SLOT, fmt.F_EXPIRES, 0, "slot 9: expires before due"),
     record64(FAR, fmt.F_EXPIRES, NEVER, "slot 2: in wheel list 399, but never expires"),
     record64(FAR, fmt.F_EXPIRES, at_tick(TICK + 1), "slot 2: due at tick"),
     record64(OVERDUE, fmt.F_EXPIRES, 1, "slot 7: expires before due"),
-    record(SLOT, fmt.F_HASH, 1, "slot 9: hash is 0x1, its key's 0x"),
-    record(SLOT, fmt.F_CHAIN, 11, "its chain leads to slot 11 of 10"),
-    record(SLOT, fmt.F_CHAIN, 10, "its chain leads to slot 10, not live"),
-    record(SLOT, fmt.F_CHAIN, SLOT, "its chain leads to slot 9 a second time"),
+    record(SLOT, fmt.F_HASH, 1, "slot 9: hash is 0x1, but its key's is 0x"),
+    record(SLOT, fmt.F_CHAIN, 11, "its hash chain leads to slot 11 of 10"),
+    record(SLOT, fmt.F_CHAIN, 10, "its hash chain leads to slot 10, which is not live"),
+    record(SLOT, fmt.F_CHAIN, SLOT, "its hash chain leads to slot 9 a second time"),
     record(FREE_SLOT, fmt.F_CHAIN, FREE_SLOT, "free slots: lead to slot 1 a second"),
     record(0, fmt.F_LRU_NEXT, 0, "slots 2, 3, 4, 5 and 4 more: live, but not reached"),
     record(0, fmt.F_LRU_PREV, SLOT, "slot 0: lru_prev is 9, not 2"),
@@ -644,21 +644,21 @@ DAMAGES = [
     record(SLOT, fmt.F_WHEEL_PREV, 1, "slot 9: never expires, but wheel_prev and"),
     record(SLOT, fmt.F_WHEEL_NEXT, 1, "slot 9: never expires, but wheel_prev and"),
     record(OVERDUE, fmt.F_WHEEL_PREV, 0, "slot 7: wheel_prev is 0x0, not 0x8000"),
-    record(OVERDUE, fmt.F_WHEEL_NEXT, 0, "slot 6: expires, but in no reached place"),
+    record(OVERDUE, fmt.F_WHEEL_NEXT, 0, "slot 6: expires, but is not reached"),
     record(OVERDUE, fmt.F_WHEEL_NEXT, OVERDUE, "leads to slot 7 a second time"),
     record(NOW, fmt.F_WHEEL_NEXT, 11, "leads to slot 11 of 10"),
     record(NOW, fmt.F_WHEEL_NEXT, FREE_SLOT, "slot 1: in wheel list 55, but not live"),
     record(NOW, fmt.F_WHEEL_NEXT, SLOT, "slot 9: in wheel list 55, but never expires"),
-    record(SLOT, fmt.F_BLOCK, 0, "slot 9: block 1 of the 3 of its chain is 0 of 20"),
-    record(SLOT, fmt.F_BLOCK, 21, "slot 9: block 1 of the 3 of its chain is 21 of 20"),
-    record(SLOT, fmt.F_BLOCK, 8, "free blocks: lead to 8, in the chain of slot 9"),
-    record(SLOT, fmt.F_BLOCK, 17, "leads to 17, in the chain of slot 8"),
+    record(SLOT, fmt.F_BLOCK, 0, "slot 9: block 1 of the 3 of its run is 0 of 20"),
+    record(SLOT, fmt.F_BLOCK, 21, "slot 9: block 1 of the 3 of its run is 21 of 20"),
+    record(SLOT, fmt.F_BLOCK, 8, "free blocks: lead to 8, in the block run of slot 9"),
+    record(SLOT, fmt.F_BLOCK, 17, "leads to 17, in the block run of slot 8"),
     record(SLOT, fmt.F_VALUE_LEN, 149, "slot 9: checksum is"),
-    record(SLOT, fmt.F_VALUE_LEN, 40, "slot 9: its chain of 1 blocks goes on to 19"),
+    record(SLOT, fmt.F_VALUE_LEN, 40, "slot 9: its run of 1 blocks goes on to 19"),
     record(SLOT, fmt.F_VALUE_LEN, MASK32, "slot 9: block 4 of the 67108865 of its"),
-    record(NOW, fmt.F_VALUE_LEN, 7, "slot 6: value_len is 7, of tag 3 it is 8"),
-    record(PAIR, fmt.F_VALUE_LEN, 9, "slot 5: value_len is 9, of tag 4 it is 8"),
-    record(FAR, fmt.F_VALUE_LEN, 1, "slot 2: value_len is 1, of tag 7 it is 0"),
+    record(NOW, fmt.F_VALUE_LEN, 7, "slot 6: value_len is 7, but tag 3 has 8"),
+    record(PAIR, fmt.F_VALUE_LEN, 9, "slot 5: value_len is 9, but tag 4 has 8"),
+    record(FAR, fmt.F_VALUE_LEN, 1, "slot 2: value_len is 1, but tag 7 has 0"),
     record(SLOT, fmt.F_META, 11 | 1 << 16, "slot 9: hash is"),
     record(SLOT, fmt.F_META, 10 | 2 << 16, "slot 9: hash is"),
     record(SLOT, fmt.F_META, 10 | 5 << 16, "slot 9: key kind is 5"),
@@ -667,12 +667,12 @@ DAMAGES = [
     record(SLOT, fmt.F_META, 10 | 1 << 16 | 8 << 20, "slot 9: value tag is 8"),
     record(SLOT, fmt.F_META, 10 | 1 << 16 | 2 << 24, "slot 9: flags are 0x2"),
     record(FAR, fmt.F_TTL, 1 << 30 | 9, "slot 2: ttl 0x40000009 is not in the finest"),
-    record(SLOT, fmt.F_CHECKSUM, 0, "slot 9: checksum is 0x0, its value's 0x"),
+    record(SLOT, fmt.F_CHECKSUM, 0, "slot 9: checksum is 0x0, but its value's is 0x"),
     # links
-    link(20, 0, "slot 9: block 2 of the 3 of its chain is 0 of 20"),
-    link(20, 8, "free blocks: lead to 8, in the chain of slot 9"),
-    link(20, 20, "slot 9: its chain leads to 20, in the chain of slot 9"),
-    link(18, 1, "slot 9: its chain of 3 blocks goes on to 1"),
+    link(20, 0, "slot 9: block 2 of the 3 of its run is 0 of 20"),
+    link(20, 8, "free blocks: lead to 8, in the block run of slot 9"),
+    link(20, 20, "slot 9: its block run leads to 20, in the block run of slot 9"),
+    link(18, 1, "slot 9: its run of 3 blocks goes on to 1"),
     link(3, 1, "free blocks: lead to 1, in the free list"),
     link(1, 0, "blocks 2, 3, 4, 5 and 3 more: lost, 448 bytes"),
     link(8, MASK32, "free blocks: lead to 4294967295, fresh block is 20"),
@@ -703,7 +703,7 @@ def test_head() -> None:
     assert (
         f"shard 0: wheel list {number}: its bit is 1, its head is 0" in empty.findings()
     )
-    assert "shard 0: slot 5: expires, but in no reached place" in str(stray.findings())
+    assert "shard 0: slot 5: expires, but is not reached" in str(stray.findings())
     assert f"shard 0: wheel list {number}: leads to slot 11 of 10" in wild.findings()
 
 
@@ -717,7 +717,7 @@ def test_bucket() -> None:
     findings = segment.findings()
 
     assert (
-        f"shard 0: slot 9: in bucket {(bucket + 1) % 10}, its hash says {bucket}"
+        f"shard 0: slot 9: in bucket {(bucket + 1) % 10}, but its hash says {bucket}"
         in findings
     )
 
@@ -729,7 +729,7 @@ def test_missing_from_bucket() -> None:
         segment.put32(segment.bucket(bucket), 0)
 
     assert segment.findings() == [
-        "shard 0: slots 2, 3, 4, 5 and 4 more: live, but in no bucket's chain"
+        "shard 0: slots 2, 3, 4, 5 and 4 more: live, but in no bucket's hash chain"
     ]
 
 
@@ -746,11 +746,11 @@ def test_passed_by_the_wheel(level: int) -> None:
     segment._wheel_list(0, number, [1])
 
     assert [
-        f"shard 0: slot 1: in list {number}, which the wheel passed, at {TICK}"
+        f"shard 0: slot 1: in wheel list {number}, which the wheel has passed at tick {TICK}"
     ] == segment.findings()
 
 
-def test_two_claims() -> None:
+def test_same_key_in_flight_twice() -> None:
     """Two workers that compute one key are a finding."""
     segment = sound()
     at = segment.word(fmt.S_IN_FLIGHT + 2)
@@ -758,7 +758,7 @@ def test_two_claims() -> None:
     segment.put64(at + 8, TOKEN)
 
     assert segment.findings() == [
-        "shard 0: claims 1 and 3: both are for hash 0xfeedfacecafebeef"
+        "shard 0: in-flight 1 and 3: both are for hash 0xfeedfacecafebeef"
     ]
 
 
@@ -787,7 +787,7 @@ def test_foreign_shard() -> None:
     segment.fill(0, entries, free=0, used=20)
 
     assert [
-        f"shard 0: slot {slot}: its key is of shard 1" for slot in range(1, 9)
+        f"shard 0: slot {slot}: its key belongs to shard 1" for slot in range(1, 9)
     ] == segment.findings()
 
 
@@ -898,10 +898,10 @@ def test_every_bit_of_the_header() -> None:
     words = [Word(name, 8 * number, 8) for number, name in names.items()]
     words += [Word("length", at, 1) for at in (fmt.CODEC_AT, fmt.NAME_AT)]
     words += [Word("text", at + 1, 7) for at in (fmt.CODEC_AT, fmt.NAME_AT)]
-    for bank in range(2):
-        at = 8 * (fmt.RETIRED_AT + bank * fmt.RETIRED_WORDS)
-        words += [Word("bank counter", at + 8 * n, 8) for n in range(13)]
-        words.append(Word(f"token of bank {bank}", at + 8 * fmt.RETIRED_TOKEN, 8))
+    for copy in range(2):
+        at = 8 * (fmt.RETIRED_AT + copy * fmt.RETIRED_WORDS)
+        words += [Word("retired counter", at + 8 * n, 8) for n in range(13)]
+        words.append(Word(f"retired token {copy}", at + 8 * fmt.RETIRED_TOKEN, 8))
     for number in (0, 1, 2, LAST_ROW):
         at = fmt.ROWS_AT + number * fmt.ROW_SIZE
         words.append(Word(f"token of row {number}", at, 8))
@@ -912,9 +912,9 @@ def test_every_bit_of_the_header() -> None:
         *("H_CREATED_WALL", "H_CREATED_AT", "H_LOCK_INODE", "H_GENERATION"),
         *("H_MAX_BYTES", "H_TTL", "H_JITTER", "H_CLEANUP", "H_FLAGS", "H_RETIRED"),
         *("H_RECOVERED", "H_LOST", "H_FREED"),
-        *("length", "text", "bank counter"),
+        *("length", "text", "retired counter"),
         # An older worker's token, or another row's, may have been there.
-        *("token of bank 1", "token of row 0", "token of row 2"),
+        *("retired token 1", "token of row 0", "token of row 2"),
     }
 
 
@@ -936,16 +936,16 @@ def test_every_bit_of_the_shard_words() -> None:
     words += [Word("S_GONE", 8 * n, 8) for n in gone[1 : len(fmt.Cause)]]
     words += [Word("no cause", 8 * n, 8) for n in gone[len(fmt.Cause) :]]
     words += [Word("bits", 8 * (fmt.S_WHEEL_BITS + n), 8) for n in range(7)]
-    words += [Word("free claim", 8 * fmt.S_IN_FLIGHT, 16)]
-    words += [Word("claimed hash", 8 * (fmt.S_IN_FLIGHT + 6), 8)]
-    words += [Word("claimed token", 8 * (fmt.S_IN_FLIGHT + 7), 8)]
+    words += [Word("free in-flight", 8 * fmt.S_IN_FLIGHT, 16)]
+    words += [Word("in-flight hash", 8 * (fmt.S_IN_FLIGHT + 6), 8)]
+    words += [Word("in-flight token", 8 * (fmt.S_IN_FLIGHT + 7), 8)]
     counters = {name for n, name in names.items() if n >= fmt.S_COUNTERS}
 
     assert unnoticed(copy, words, findings) == {
         *counters,
         *("S_SEQ", "S_ACQUISITIONS", "S_SEQUENCE", "S_TICK", "S_DUE"),
         *("S_REDO_VERSION", "S_REDO_VALUE", "S_REDO_CHECKSUM"),
-        *("claimed hash", "claimed token"),
+        *("in-flight hash", "in-flight token"),
     }
 
 
