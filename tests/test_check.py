@@ -1,7 +1,7 @@
-"""The checker: silent on a sound segment, and it speaks for every kind of damage.
+"""The checker: no finding on a sound segment, and one for every kind of damage.
 
-The segments here are built by hand from the words of ``_layout``, so that checker
-and engine cannot agree on the same mistake.
+The segments here are built by hand from the words of ``layout``, so that checker and
+engine cannot agree on the same mistake.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TOKEN = 5 << 16 | 3  # generation 5 in row 2
 
 @dataclass(frozen=True)
 class Entry:
-    """What the builder makes a live record of."""
+    """What the builder needs to make a live record."""
 
     key: bytes
     kind: Kind
@@ -305,7 +305,7 @@ def sound(shards: int = 2) -> Segment:
     return segment
 
 
-# Of ``sound``, in every shard: the slot of the n-th entry is SLOT - n.
+# In every shard of ``sound()`` the slot of the n-th entry is SLOT - n.
 SLOT = 9
 FREE_SLOT = 1
 OVERDUE, NOW, PAIR, PAIR2, MINUTE, FAR = (SLOT - n for n in range(2, 8))
@@ -335,7 +335,7 @@ def test_bounded_by_bytes_alone() -> None:
 
 
 def test_empty_key_and_value() -> None:
-    """An entry of no bytes at all has one block."""
+    """An entry without any bytes has one block."""
     segment = Segment(shards=1)
     segment.fill(0, [Entry(b"", Kind.STR, b"", Tag.STR)], free=0, used=1)
 
@@ -366,7 +366,7 @@ def test_unfinished_cascade(level: int) -> None:
 
 
 def test_beyond_the_wheel() -> None:
-    """What expires more than a round of the wheel ahead waits at its last level."""
+    """An entry due more than a round of the wheel later is in its last level."""
     segment = Segment(shards=1)
     due = TICK + (1 << 42) - (3 << 36)
     far = Entry(b"key", Kind.STR, b"", Tag.NONE, at_tick(due), fmt.pack_ttl(1))
@@ -402,7 +402,7 @@ def test_due_not_set() -> None:
 
 
 def shard_copy(segment: Segment, shard: int) -> bytes:
-    """What ``check_shard`` is given."""
+    """Return the copy of a shard that ``check_shard`` takes."""
     at = segment.base(shard)
     return bytes(segment.data[at : at + segment.g.stride])
 
@@ -464,7 +464,7 @@ def test_lost_blocks() -> None:
 
 @dataclass(frozen=True)
 class Damage:
-    """A value put into a word of ``sound()``, and what the checker says to it."""
+    """A value put into a word of ``sound()``, and what the checker finds then."""
 
     at: Callable[[Segment], int]
     value: int
@@ -708,7 +708,7 @@ def test_head() -> None:
 
 
 def test_bucket() -> None:
-    """The checker says where a bucket's chain begins wrongly."""
+    """The checker says where a bucket's hash chain begins wrongly."""
     segment = sound()
     low = segment.get32(segment.record(SLOT, fmt.F_HASH))
     bucket = low * segment.g.slots >> 32
@@ -745,13 +745,12 @@ def test_passed_by_the_wheel(level: int) -> None:
     number = level * 64 + (due >> 6 * level & 63)
     segment._wheel_list(0, number, [1])
 
-    assert [
-        f"shard 0: slot 1: in wheel list {number}, which the wheel has passed at tick {TICK}"
-    ] == segment.findings()
+    where = f"in wheel list {number}, which the wheel has passed"
+    assert segment.findings() == [f"shard 0: slot 1: {where} at tick {TICK}"]
 
 
 def test_same_key_in_flight_twice() -> None:
-    """Two workers that compute one key are a finding."""
+    """Two workers that compute the value of one key are a finding."""
     segment = sound()
     at = segment.word(fmt.S_IN_FLIGHT + 2)
     segment.put64(at, 0xFEED_FACE_CAFE_BEEF)
@@ -772,7 +771,7 @@ def test_same_key_twice() -> None:
 
 
 def test_same_bytes_other_kind() -> None:
-    """Two keys of the same bytes and different kinds are two keys."""
+    """Two keys with the same bytes and different kinds are different keys."""
     segment = Segment(shards=1)
     one = Entry(b"key", Kind.STR, b"1", Tag.BYTES)
     segment.fill(0, [one, replace(one, kind=Kind.BYTES)], free=0, used=2)
@@ -781,7 +780,7 @@ def test_same_bytes_other_kind() -> None:
 
 
 def test_foreign_shard() -> None:
-    """An entry in a shard that its key does not belong to is a finding."""
+    """An entry in another shard than that of its key is a finding."""
     segment = Segment()
     entries = [replace(e, expires=NEVER, ttl=0) for e in entries_of(1, 2)]
     segment.fill(0, entries, free=0, used=20)
@@ -792,7 +791,7 @@ def test_foreign_shard() -> None:
 
 
 def test_not_utf8() -> None:
-    """A str that is no UTF-8 is a finding, although its checksum is right."""
+    """A str that is not UTF-8 is a finding, although its checksum is right."""
     segment = Segment(shards=1)
     segment.fill(0, [Entry(b"k", Kind.STR, b"\xff", Tag.STR)], free=0, used=1)
 
@@ -811,7 +810,7 @@ def test_over_capacity() -> None:
 
 
 def test_wrong_shard_and_size() -> None:
-    """A shard that there is not, or not all of it, is a finding."""
+    """A shard that does not exist, or is incomplete, is a finding."""
     segment = sound()
     header = check.read_header(segment.data)
     copy = shard_copy(segment, 0)
@@ -824,7 +823,7 @@ def test_wrong_shard_and_size() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 7, 4096, check.HEADER_SIZE - 1])
 def test_truncated_header(size: int) -> None:
-    """A segment that ends within its header is a finding, whoever looks."""
+    """A segment that ends within its header is a finding of every function."""
     data = bytes(sound().data[:size])
     finding = f"header: {size} bytes, fewer than the {check.HEADER_SIZE} of it"
 
@@ -833,7 +832,7 @@ def test_truncated_header(size: int) -> None:
 
 
 def test_truncated_shards() -> None:
-    """Of a segment that is too short the shards that are there are checked."""
+    """If a segment is too short, the shards that it has are checked."""
     segment = sound()
     size = segment.base(1) + 5
     segment.put64(segment.word(fmt.S_ENTRIES), 7)
@@ -845,7 +844,7 @@ def test_truncated_shards() -> None:
 
 
 def test_unusable_geometry() -> None:
-    """With a geometry that makes no sense no shard is looked at."""
+    """If the geometry makes no sense, no shard is checked."""
     segment = sound()
     segment.put64(8 * fmt.H_BLOCK_SIZE, 0)
     header = check.read_header(segment.data)
@@ -870,7 +869,7 @@ class Word:
 def unnoticed(
     data: bytearray, words: list[Word], findings: Callable[[], list[str]]
 ) -> set[str]:
-    """What stands where some bit can flip with no finding."""
+    """Return the names of the words in which some bit can flip without a finding."""
     names = set()
     for word in words:
         for bit in range(8 * word.size):
@@ -883,7 +882,7 @@ def unnoticed(
 
 
 def named(prefix: str, before: int) -> dict[int, str]:
-    """The numbers below ``before`` of the words that ``_layout`` names so."""
+    """Return the words of ``layout`` below ``before`` whose names begin so."""
     names: dict[int, str] = {}
     for name, number in vars(fmt).items():
         if name.startswith(prefix) and number < before:
@@ -892,7 +891,7 @@ def named(prefix: str, before: int) -> dict[int, str]:
 
 
 def test_every_bit_of_the_header() -> None:
-    """Every flipped bit of the header is noticed, where not every value is possible."""
+    """Every flipped bit of the header is noticed, unless all values are possible."""
     data = sound().data
     names = named("H_", fmt.RETIRED_AT)
     words = [Word(name, 8 * number, 8) for number, name in names.items()]
@@ -921,14 +920,14 @@ def test_every_bit_of_the_header() -> None:
 def shard_findings(
     segment: Segment, number: int
 ) -> tuple[bytearray, Callable[[], list[str]]]:
-    """A copy of a shard, to be damaged, and what finds that out."""
+    """Return a copy of a shard, to be damaged, and a function that checks it."""
     copy = bytearray(shard_copy(segment, number))
     known = check.read_header(segment.data)
     return copy, lambda: check.check_shard(copy, known, number)
 
 
 def test_every_bit_of_the_shard_words() -> None:
-    """Every flipped bit is noticed, but of counters and of what is only a bound."""
+    """Every flipped bit is noticed, except in counters and mere limits."""
     copy, findings = shard_findings(sound(), 1)
     names = named("S_", fmt.S_WHEEL_BITS)
     words = [Word(name, 8 * number, 8) for number, name in names.items()]
@@ -960,7 +959,7 @@ def test_every_bit_of_the_heads() -> None:
 
 
 def test_every_bit_of_buckets_and_links() -> None:
-    """Every flipped bit of a bucket is noticed, and of the link of a used block."""
+    """Every flipped bit of a bucket, or of the link of a used block, is noticed."""
     segment = sound()
     copy, findings = shard_findings(segment, 1)
     words = [Word("bucket", segment.g.buckets_at + 4 * n, 4) for n in range(10)]
@@ -972,7 +971,7 @@ def test_every_bit_of_buckets_and_links() -> None:
 
 
 def test_every_bit_of_the_records() -> None:
-    """Every flipped bit of a live record is noticed, but the few that may change."""
+    """Every flipped bit of a live record is noticed, except where it may change."""
     segment = sound()
     copy, findings = shard_findings(segment, 1)
     fields = {**named("F_", fmt.RECORD_WORDS), 1: "F_VERSION", 3: "F_EXPIRES"}
@@ -987,7 +986,7 @@ def test_every_bit_of_the_records() -> None:
 
     chosen = words("never", [9, 8]) + words("expires", [7, 6, 5, 4, 3, 2])
     assert unnoticed(copy, chosen, findings) == {
-        # read since, written at another time, with another TTL
+        # It may have been read, written at another time, or with another TTL.
         *("never F_META", "never F_STAMP", "never F_TTL"),
         *("expires F_META", "expires F_STAMP", "expires F_TTL"),
         "expires F_EXPIRES",  # extended by a reader
@@ -1022,7 +1021,7 @@ def test_every_byte_of_the_arena() -> None:
 
 
 def check_everything(data: bytearray, segment: Segment) -> list[str]:
-    """All findings of all entrances about a segment damaged beyond its magic."""
+    """Return the findings of all functions about a segment with a sound magic word."""
     header = check.read_header(segment.data)
     findings = check.check_header(data)
     for number in range(segment.shards):
@@ -1046,7 +1045,7 @@ OVERWRITTEN = st.tuples(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(OVERWRITTEN, min_size=1, max_size=8))
 def test_overwritten(ranges: list[tuple[float, bytes]]) -> None:
-    """Ranges overwritten with anything never make the checker fail."""
+    """The checker never fails, whatever overwrites a part of the segment."""
     segment = sound()
     data = bytearray(segment.data)
     meaningful = interesting(segment)
@@ -1060,7 +1059,7 @@ def test_overwritten(ranges: list[tuple[float, bytes]]) -> None:
 
 
 def interesting(segment: Segment) -> list[int]:
-    """Where damage does something, in steps of a word: not the free rows."""
+    """Return the places where damage has an effect: not in the free rows."""
     ranges = [range(0, fmt.ROWS_AT + 4 * fmt.ROW_SIZE, 4)]
     for number in range(segment.shards):
         at = segment.base(number)
@@ -1070,7 +1069,7 @@ def interesting(segment: Segment) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_bytes(seed: int) -> None:
-    """Random bytes, few or many, of any part are survived, and hardly ever sound."""
+    """The checker survives random bytes in any part and mostly finds them."""
     rng = random.Random(seed)
     segment = sound()
     silent = 0
@@ -1088,7 +1087,7 @@ def test_random_bytes(seed: int) -> None:
 
 @pytest.mark.parametrize("values", ["any", "small", "live"])
 def test_all_random(values: str) -> None:
-    """A shard of nothing but garbage is survived, also of plausible garbage."""
+    """The checker survives a shard of garbage, also of plausible garbage."""
     rng = random.Random(values)
     segment = Segment(shards=1, max_entries=300, blocks=600)
     start = segment.base(0)
@@ -1108,7 +1107,7 @@ def test_all_random(values: str) -> None:
 
 
 def test_everything_leads_in_circles() -> None:
-    """A shard in which every walk is endless is walked through soon."""
+    """The checker ends soon on a shard in which every walk would be endless."""
     slots = 20_000
     segment = Segment(shards=1, max_entries=slots - 1, blocks=slots)
     for slot in range(1, slots + 1):
@@ -1130,7 +1129,7 @@ def test_everything_leads_in_circles() -> None:
 
 
 def test_too_many_findings() -> None:
-    """Findings are counted beyond the hundredth, not listed."""
+    """Findings after the hundredth are counted, not listed."""
     segment = sound()
     for number in range(fmt.ROWS):
         segment.put64(fmt.ROWS_AT + number * fmt.ROW_SIZE, 0xFFFF)
@@ -1149,7 +1148,7 @@ def read_shm(cache: Cache) -> bytes:
 
 
 def test_used_cache(make_cache: Callable[..., Cache], clock: Clock) -> None:
-    """A cache in which all operations have been at work is a sound segment."""
+    """A cache in which all operations were used is a sound segment."""
     cache = make_cache(max_entries=60, shards=2, sliding=True, clock=clock)
     rng = random.Random(1)
     for n in range(2000):
@@ -1183,7 +1182,7 @@ def test_used_cache(make_cache: Callable[..., Cache], clock: Clock) -> None:
 
 
 def test_check_sees_the_segment(make_cache: Callable[..., Cache]) -> None:
-    """``Cache.check()`` says what is wrong in the header and in every shard."""
+    """``Cache.check()`` finds what is wrong in the header and in every shard."""
     cache = make_cache(max_entries=60, shards=2)
     g = check.read_header(read_shm(cache)).geometry
     path = SHM / f"shmcache-{os.getuid()}-{cache.name}"
