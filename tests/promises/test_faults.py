@@ -770,6 +770,7 @@ def test_5_exception_while_coming_or_going(
 
     def body(link: Connection) -> None:
         while numbered := link.recv():
+            signal.alarm(PATIENCE)  # for each line anew: there are hundreds
             n, now = numbered
             sys.settrace(Striker(n, "line", files, 2))
             try:
