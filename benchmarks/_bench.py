@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's description, and the printing of tables."""
+"""What the benchmarks share: a description of the machine, and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def cpu() -> str:
-    """The CPU's name, and how many of it this process may use."""
+    """The name of the CPU, and how many cores this process may use."""
     name = platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith(("model name", "Model")):
@@ -26,7 +26,7 @@ def cpu() -> str:
 
 
 def heading(title: str) -> None:
-    """Print what a figure is worth nothing without: mode, machine and versions."""
+    """Print a heading with engine, machine and versions, which each figure needs."""
     packages = []
     for package in ("msgpack", "xxhash", "posix-ipc", "cython"):
         try:

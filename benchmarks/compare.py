@@ -1,9 +1,9 @@
-"""Two builds of shmcache, operation by operation, in one run.
+"""Two builds of shmcache, compared operation by operation in one run.
 
-Each build is a Python interpreter that has it installed.  Both do the operations of
-``latency.py`` in processes of their own, in turn, so that other users of the machine
-slow both alike.  The processes are replaced several times, because where a process
-happens to have its memory can make it a tenth slower or faster for all its life.  The
+A build is given as the Python interpreter that has it installed.  The builds run the
+operations of ``latency.py`` in processes of their own, in turn, so that other users of
+the machine slow both alike.  The processes are replaced several times, because the
+place of its memory can make a process a tenth slower or faster for all its life.  The
 table has the median over all rounds of the ratio within a round, and the range of the
 middle half of the ratios.
 
@@ -21,11 +21,11 @@ from pathlib import Path
 from _bench import heading, table
 from latency import Operations
 
-PAIRS = 8  # of processes, one after the other
+PAIRS = 8  # how many pairs of processes there are, one after the other
 
 
 class Build:
-    """A process of one build that times what it is told to."""
+    """A process of one build, which measures operations."""
 
     def __init__(self, python: str, entries: int) -> None:
         self._process = subprocess.Popen(
@@ -36,11 +36,11 @@ class Build:
         )
 
     def time(self, operation: str) -> float:
-        """Nanoseconds that one operation took."""
+        """How many nanoseconds one operation took."""
         return float(self._ask(operation))
 
     def names(self) -> list[str]:
-        """The operations that can be timed."""
+        """The operations that can be measured."""
         return self._ask("names").split("|")
 
     def _ask(self, line: str) -> str:
@@ -57,7 +57,7 @@ class Build:
 
 
 def serve(entries: int) -> None:
-    """Answer each line of standard input, an operation, with its time."""
+    """Answer each line of standard input, which names an operation, with its time."""
     operations = Operations(entries)
     for line in sys.stdin:
         if line.strip() == "names":
@@ -84,7 +84,7 @@ def main() -> None:
     for pair in range(PAIRS):
         builds = [Build(python, options.entries) for python in options.python]
         for build in builds:
-            names = build.names()  # its caches are filled by then
+            names = build.names()  # answers after the caches have been filled
         for round_ in range(-(-options.rounds // PAIRS)):
             order = builds if (pair + round_) % 2 else builds[::-1]
             for name in names:

@@ -1,8 +1,8 @@
-"""How throughput grows, or does not, with the processes that share a cache.
+"""How throughput changes with the number of processes that share a cache.
 
-Each figure is a ratio to what one process reaches in the same run.  Processes are
-forked, wait for one another, and work for the same time; rounds with one process and
-with several alternate, and the median ratio is reported.
+Each figure is a ratio to the throughput of one process in the same run.  The processes
+are forked, wait for each other, and work for the same time.  Rounds with one process
+and rounds with several alternate, and the median ratio is reported.
 
     python benchmarks/contention.py [--seconds S] [--rounds N]
 """
@@ -42,7 +42,7 @@ def writing(cache: Cache, keys: list[str]) -> None:
 
 
 def counting(cache: Cache, keys: list[str]) -> None:
-    """Everybody on one key: the worst case of a lock."""
+    """Increments of one key by all processes: the worst case for a lock."""
     incr = cache.incr
     for _ in keys:
         incr("the one counter", initial=0)
@@ -60,7 +60,7 @@ def mixed(cache: Cache, keys: list[str]) -> None:
 def throughput(
     cache: Cache, keys: list[str], work: Work, n: int, seconds: float
 ) -> float:
-    """Operations a second of n processes together."""
+    """Operations per second of ``n`` processes together."""
     ready_r, ready_w = os.pipe()
     go_r, go_w = os.pipe()
     out_r, out_w = os.pipe()
@@ -98,7 +98,9 @@ def throughput(
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=0.5, help="of one measurement")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="seconds of one measurement"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     plans: list[tuple[str, Work, int, float | None]] = [

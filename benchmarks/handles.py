@@ -1,8 +1,8 @@
-"""What a HandleMap costs: calls, being told of an eviction, and looking for notices.
+"""What a ``HandleMap`` costs: calls, and reading the eviction mailbox.
 
 - get, lease and set of a handle, as ratios to a dict's lookup under a lock;
-- from another process's ``clear()`` to the callback in an idle owner;
-- the CPU time that an idle owner of 1,000 handles spends on looking.
+- the time from another process's ``clear()`` to the callback in an idle owner;
+- the CPU time that an idle owner of 1,000 handles spends on reading the mailbox.
 
     python benchmarks/handles.py [--rounds N]
 """
@@ -30,7 +30,7 @@ IDLE_SECONDS = 5.0
 
 
 def each(call: Callable[[int], object]) -> float:
-    """Nanoseconds a call."""
+    """How many nanoseconds a call takes."""
     started = time.perf_counter_ns()
     for n in range(CALLS):
         call(n % 1000)
@@ -81,7 +81,7 @@ def calls(rounds: int) -> None:
 
 
 def own(name: str, handles: int, link: Connection) -> None:
-    """An owner that does nothing but wait: it says when its handles have gone."""
+    """Run an owner that only waits, and reports when its handles are closed."""
 
     def closed(_key: Any, _handle: Any, _cause: Cause) -> None:
         link.send(time.monotonic())
@@ -97,9 +97,9 @@ def own(name: str, handles: int, link: Connection) -> None:
     mine.close()
 
 
-def told(rounds: int) -> None:
-    """How long it takes until an idle owner has been told, and what looking costs."""
-    name = f"told-{os.getpid()}"
+def mailbox(rounds: int) -> None:
+    """How soon an idle owner reads of an eviction, and what reading costs it."""
+    name = f"mailbox-{os.getpid()}"
     here, there = get_context("fork").Pipe()
     owner = get_context("fork").Process(target=own, args=(name, 1000, there))
     owner.start()
@@ -108,7 +108,9 @@ def told(rounds: int) -> None:
         for _ in range(5 * rounds):
             here.send("open")
             here.recv()
-            time.sleep(0.003 * (len(taken) % 13))  # at any phase of its looking
+            time.sleep(
+                0.003 * (len(taken) % 13)
+            )  # at any phase of the owner's interval
             started = time.monotonic()
             other.clear()
             taken.append((here.recv() - started) * 1e3)
@@ -122,7 +124,7 @@ def told(rounds: int) -> None:
         here.send("end")
         owner.join()
     taken.sort()
-    heading("Being told")
+    heading("Eviction mailbox")
     table(
         ["what", "figure", "target"],
         [
@@ -139,7 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     calls(options.rounds)
-    told(options.rounds)
+    mailbox(options.rounds)
 
 
 if __name__ == "__main__":

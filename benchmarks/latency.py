@@ -1,13 +1,13 @@
 """How long one operation takes, as a ratio to the floor measured in the same run.
 
-The floor is what a process's own dict of packed values costs: a lookup and
-``msgpack.unpackb``, or ``msgpack.packb`` and a store.  100,000 entries, keys of 20
-bytes drawn at random, values of a dict that packs into 82 bytes.
+The floor is what a dict of packed values in one process costs: a lookup and
+``msgpack.unpackb``, or ``msgpack.packb`` and a store.  There are 100,000 entries, which
+are chosen at random.  A key has 20 bytes; a value is a dict that packs into 82 bytes.
 
-Rounds alternate between the floor and each operation, each after a run of its own that
-is not timed, so that it meets its own data in the CPU's caches and not the others'.
-What is reported is the median over the rounds of the ratio within a round: other users
-of the machine then slow both sides alike.
+Rounds alternate between the floor and each operation.  Before each measurement the same
+operation runs without being timed, so that it finds its own data in the CPU's caches,
+and not those of the other operations.  The median over the rounds of the ratio within a
+round is reported, so that other users of the machine slow both sides alike.
 
     python benchmarks/latency.py [--entries N] [--rounds N]
 """
@@ -42,7 +42,7 @@ Run = Callable[[Sequence[str]], object]
 
 
 def each(call: Callable[..., Any], *arguments: Any) -> Run:
-    """A run that makes one call a key."""
+    """A run that makes one call for each key."""
 
     def run(keys: Sequence[str]) -> None:
         for key in keys:
@@ -52,7 +52,11 @@ def each(call: Callable[..., Any], *arguments: Any) -> Run:
 
 
 class Operations:
-    """The operations to time, on caches and a dict of so many entries each."""
+    """The operations to time, on caches and a dict.
+
+    Args:
+        entries: How many entries each of them has.
+    """
 
     def __init__(self, entries: int) -> None:
         self.entries = entries
@@ -63,7 +67,7 @@ class Operations:
             key: msgpack.packb({**VALUE, "id": i}) for i, key in enumerate(self.keys)
         }
         unpack, pack = msgpack.unpackb, msgpack.packb
-        # A tenth more room than entries, so that no shard is full.
+        # There is room for a tenth more entries, so that no shard is full.
         room = entries + entries // 10
         self._caches = [
             Cache(f"latency-{os.getpid()}-{i}", max_entries=n)
@@ -93,7 +97,7 @@ class Operations:
                 dicts.get_many(chosen[i : i + 100])
 
         self.floors: dict[str, Run] = {"floor: get": floor_get, "floor: set": floor_set}
-        # Each with its floor, and how many times as long it may take.
+        # Each run with its floor, and how many times as long as the floor it may take.
         self.runs: dict[str, tuple[Run, str, float | None]] = {
             "get, hit": (each(dicts.get), "floor: get", 1.4),
             "get_many(100), per key": (get_many, "floor: get", 1.3),
@@ -109,7 +113,7 @@ class Operations:
         }
 
     def time(self, name: str) -> float:
-        """Nanoseconds of one operation: the mean over one chunk of random keys."""
+        """Nanoseconds of one operation, as a mean over one chunk of random keys."""
         keys, dice, entries = self.keys, self._dice, self.entries
         chosen = [keys[dice.randrange(entries)] for _ in range(CHUNK)]
         if name == "get, miss":
@@ -165,7 +169,7 @@ def latency(entries: int, rounds: int) -> None:
 
 
 def sweeping(rounds: int) -> None:
-    """A sweep of 1,000 expired entries, in a small and in a large cache."""
+    """Measure a sweep of 1,000 expired entries, in a small and in a large cache."""
 
     class Clock:
         now = 10**12
@@ -197,7 +201,7 @@ def sweeping(rounds: int) -> None:
             started = time.perf_counter_ns()
             removed = cache.sweep()
             taken.append(time.perf_counter_ns() - started)
-            if removed < 900:  # what rode on inserts went before
+            if removed < 900:  # inserts have removed the others already
                 raise AssertionError(removed)
     ratio = statistics.median(
         b / a for a, b in zip(times[small], times[large], strict=True)
@@ -221,7 +225,7 @@ def sweeping(rounds: int) -> None:
 
 
 def large_values(rounds: int) -> None:
-    """Values that take many blocks."""
+    """Measure values that take many blocks."""
     rows = []
     for size in (1 << 10, 1 << 14, 1 << 16, 1 << 20):
         name = f"large-{os.getpid()}"
@@ -246,7 +250,7 @@ def large_values(rounds: int) -> None:
 
 
 def footprint() -> None:
-    """Import time beyond Python's own, and memory an entry."""
+    """Measure the import time without Python's own, and the memory of an entry."""
     script = "import time; t = time.perf_counter(); import shmcache;"
     script += "print(time.perf_counter() - t)"
     imports = []
@@ -256,7 +260,7 @@ def footprint() -> None:
         )
         imports.append(float(done.stdout) * 1e3)
     with Cache(f"footprint-{os.getpid()}", max_entries=100_000) as cache:
-        geometry = cache._attachment.header.geometry
+        geometry = cache.internals.attachment.header.geometry
     per_entry = (
         geometry.arena_at - geometry.buckets_at - 4 * (geometry.blocks + 1)
     ) / (geometry.slots - 1)
@@ -288,7 +292,7 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=30 if compiled else 2)
     options = parser.parse_args()
-    footprint()  # first, while the CPU's caches are not full of other things
+    footprint()  # first, while the CPU's caches have no data of other measurements
     latency(options.entries, options.rounds)
     if compiled:
         sweeping(min(options.rounds, 20))

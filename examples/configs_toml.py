@@ -1,4 +1,4 @@
-"""``ConfigCache`` with a TOML file and a watcher made of the watchfiles package.
+"""``ConfigCache`` with a TOML file, and a watcher that uses the watchfiles package.
 
 python examples/configs_toml.py app.toml      (then edit the file; Ctrl-C ends it)
 """
@@ -31,14 +31,14 @@ class FileWatcher:
     def __init__(self, path: str, changed: Callable[[], None]) -> None:
         self._path = path
         self._changed = changed
-        self._seen = stamp(path)  # a change from here on is not missed
+        self._seen = stamp(path)  # no change after this is missed
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        # Each second without a change it looks for itself: watchfiles forgets what
-        # comes in just as it reports that nothing has.
+        # After each second without a change the stamp is compared as well, because
+        # watchfiles loses a change that comes just when it reports that there is none.
         options: dict[str, Any] = {"rust_timeout": 1000, "yield_on_timeout": True}
         for changes in watch(self._path, stop_event=self._stop, **options):
             seen, self._seen = self._seen, stamp(self._path)
@@ -52,7 +52,7 @@ class FileWatcher:
 
 
 def stamp(path: str) -> tuple[int, int, int] | None:
-    """What differs between two states of a file; None when there is none."""
+    """What differs between two states of a file; None if there is no file."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -60,18 +60,18 @@ def stamp(path: str) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def tell(path: str, old: Version | None, new: Version) -> None:
-    """Say what has become of a configuration."""
+def show(path: str, old: Version | None, new: Version) -> None:
+    """Print how a configuration has changed."""
     print(path, old.value if old else None, "->", new.value, flush=True)
 
 
 def main(path: str) -> None:
-    """Load, watch, and tell of changes."""
+    """Load a file, watch it, and print each change."""
     with ConfigCache(
         "example-configs", load, settings=ConfigSettings.conservative()
     ) as configs:
         configs.watch(path, lambda changed: FileWatcher(path, changed))
-        configs.subscribe(path, tell)
+        configs.subscribe(path, show)
         configs.get(path)
         try:
             threading.Event().wait()

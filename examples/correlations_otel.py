@@ -1,4 +1,4 @@
-"""``CorrelationMap`` with OpenTelemetry: a request in one worker, seen from another.
+"""``CorrelationMap`` with OpenTelemetry: one worker sees a request of another worker.
 
 python examples/correlations_otel.py
 """
@@ -15,7 +15,7 @@ from shmcache.correlations import CorrelationMap, CorrelationSettings
 
 
 def ask(name: str) -> None:
-    """What another worker of the host can tell of a request."""
+    """Print what another worker of the host knows about a request."""
     correlations = CorrelationMap(name, settings=CorrelationSettings.conservative())
     found = correlations.find("req-1")
     if found is not None:
@@ -23,7 +23,7 @@ def ask(name: str) -> None:
 
 
 def main() -> None:
-    """One request that is finished, and one that is forgotten."""
+    """Start two requests, of which one is never finished."""
     provider = TracerProvider()
     provider.add_span_processor(
         SimpleSpanProcessor(
@@ -47,7 +47,7 @@ def main() -> None:
     other.join()
 
     correlations.finish("req-1", {"http.status_code": 200})
-    correlations.close()  # ends what is still open, and says so
+    correlations.close()  # ends the request that is still open, and logs that
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A WSGI app that passes requests on to many servers, through bounded pools.
+"""A WSGI app that forwards requests to many servers, through bounded pools.
 
-``GET /8001/path`` is answered by http://127.0.0.1:8001/path.  Run it with
+The answer to ``GET /8001/path`` is that of http://127.0.0.1:8001/path.  Run the app by
 
     PROXY_BOUND=20 gunicorn -w 4 proxy_app:app
 
-or let proxy_run.py do it, which compares it with the same app with plain dicts
+or let proxy_run.py run it, which compares it with the same app with plain dicts
 (PROXY_BOUND=0).
 """
 
@@ -33,13 +33,13 @@ def connect(server: str) -> urllib3.HTTPConnectionPool:
 
 
 class Dict:
-    """What is often seen: a dict in each worker, which nobody bounds."""
+    """The usual way: a dict in each worker, which has no bound."""
 
     def __init__(self) -> None:
         self.pools: dict[str, urllib3.HTTPConnectionPool] = {}
 
     def lease(self, server: str) -> AbstractContextManager[urllib3.HTTPConnectionPool]:
-        """The pool of a server, made when there is none."""
+        """The pool of a server, which is made if there is none."""
         if server not in self.pools:
             self.pools[server] = connect(server)
         return nullcontext(self.pools[server])

@@ -1,12 +1,14 @@
-"""What a host-wide bound does: open sockets of 4 workers that talk to 50 servers.
+"""What a bound for the host does: open sockets of 4 workers that use 50 servers.
 
-Starts 50 small servers on loopback, and gunicorn with proxy_app.py, first with a dict
-of pools in each worker, then with ``ConnectionPools`` and a bound of 20 pools; asks for
-random servers, and prints how many sockets the workers have open, seen from outside.
+The script starts 50 small servers on loopback, and gunicorn with proxy_app.py: first
+with a dict of pools in each worker, then with ``ConnectionPools`` and a bound of 20
+pools.  Clients request random servers, and the script prints how many sockets the
+workers have open, as the kernel lists them.
 
     python examples/proxy_run.py [--seconds 5] [--preload]
 
-Exit code 0: all requests were answered, and every pool that was opened was closed.
+The exit code is 0 if all requests were answered, and every pool that was opened was
+closed.
 """
 
 from __future__ import annotations
@@ -34,15 +36,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 WORKERS, SERVERS, BOUND, CLIENTS = 4, 50, 20, 6
-EVERY = 0.5  # s, from sample to sample, and until other servers are asked for
-HOT = 4  # servers that are asked for most
-THINK = 0.01  # s, from answer to question
+# Seconds from sample to sample, and until other servers are requested most.
+EVERY = 0.5
+HOT = 4  # how many servers are requested most
+THINK = 0.01  # s from an answer to the next request
 PATIENCE = 60.0  # s
 NAME = f"proxy-{os.getpid()}"
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    # HTTP/1.1, one small answer after the other on a connection that is kept.
+    # Sends one small answer after the other on a connection that is kept (HTTP/1.1).
     with suppress(asyncio.IncompleteReadError, ConnectionError):
         while await reader.readuntil(b"\r\n\r\n"):
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n")
@@ -52,7 +55,7 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 @contextmanager
 def upstreams() -> Iterator[list[int]]:
-    """The servers, in a thread; their ports."""
+    """Run the servers in a thread; yields their ports."""
     loop = asyncio.new_event_loop()
 
     async def start() -> list[asyncio.Server]:
@@ -82,7 +85,7 @@ def upstreams() -> Iterator[list[int]]:
 
 @contextmanager
 def gunicorn(bound: int, preload: bool) -> Iterator[tuple[psutil.Process, int]]:
-    """Gunicorn with the app; its process and port."""
+    """Run gunicorn with the app; yields its process and port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = subprocess.Popen(
             [
@@ -102,7 +105,7 @@ def gunicorn(bound: int, preload: bool) -> Iterator[tuple[psutil.Process, int]]:
 
 
 def open_sockets(ports: set[int]) -> int:
-    """The connections to the servers, as the kernel lists them: the workers' ends."""
+    """How many connections to the servers the kernel lists, at the workers' end."""
     with open("/proc/net/tcp") as table:
         next(table)
         fields = [line.split() for line in table]
@@ -113,7 +116,7 @@ def open_sockets(ports: set[int]) -> int:
 
 
 class Load:
-    """Clients that ask mostly for a few servers, and after a while for others."""
+    """Clients that mostly request a few servers, and after a while other ones."""
 
     def __init__(self, address: int, ports: list[int]) -> None:
         self._address = address
@@ -129,7 +132,7 @@ class Load:
             thread.start()
 
     def end(self) -> None:
-        """Stop, when what is under way has been answered."""
+        """Stop after the requests that are under way have been answered."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
@@ -165,7 +168,10 @@ class Load:
 def measure(
     bound: int, ports: list[int], options: argparse.Namespace
 ) -> Iterator[tuple[float, int | Load]]:
-    """The open sockets of a run, sample by sample; in the end, the load."""
+    """Run the app under load; yields the time and the open sockets of each sample.
+
+    The last pair has the load itself, with its counts.
+    """
     with gunicorn(bound, options.preload) as (server, address):
         deadline = time.monotonic() + PATIENCE
         while len(server.children()) < WORKERS:
@@ -184,10 +190,14 @@ def measure(
 
 
 def main() -> int:
-    """Run both, and compare."""
+    """Run both variants, and compare them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of load, each")
-    parser.add_argument("--preload", action="store_true", help="load, then fork")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="seconds of load for each variant"
+    )
+    parser.add_argument(
+        "--preload", action="store_true", help="load the app before the fork"
+    )
     options = parser.parse_args()
     settings = PoolSettings(max_server_pools=BOUND)
     with upstreams() as ports:
@@ -197,7 +207,8 @@ def main() -> int:
         )
         *before, (_, plain) = measure(0, ports, options)
         print(f"{'seconds':>8} {'dicts':>8} {f'bound {BOUND}':>10}")
-        # Attached meanwhile, so that the counts are still there when gunicorn is not.
+        # This process is attached to the map as well, so that the counts are still
+        # there after gunicorn has ended.
         with HandleMap(
             NAME,
             max_entries=settings.max_server_pools,

@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shmcache import errors
-from shmcache._engine import MsgspecCodec, compiled
+from shmcache._engine import MsgspecCodec
+from shmcache._engine import is_compiled as compiled
 from shmcache._format.layout import Cause
+from shmcache._version import __version__
 from shmcache.cache import Cache
 from shmcache.errors import (
     CacheClosed,
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
     from shmcache.correlations import CorrelationMap, CorrelationSettings
     from shmcache.handles import HandleMap, HandleStats, HostEntry
     from shmcache.pools import ConnectionPools, PoolSettings
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Cache",

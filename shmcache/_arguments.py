@@ -1,7 +1,7 @@
 """Checks of arguments that several public calls take.
 
-Each check raises TypeError or ValueError, and the message has the value that was given
-and says what to pass instead.
+Each function raises TypeError or ValueError, and the message has the value that was
+given and says what to pass instead.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import re
 from types import EllipsisType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shmcache._format.layout import MAX_TTL_NS
 
-# Seconds, None for "never", or left out for the default of the cache.
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# The argument ``ttl``: seconds, None for "never", or left out for the cache's default.
 Ttl = float | None | EllipsisType
 
 _SIZE = re.compile(
@@ -22,7 +25,12 @@ _SIZE = re.compile(
 
 
 def parse_size(size: Any, what: str = "max_bytes") -> int:
-    """Bytes of an int or of a text such as "64 MiB", "64M" (binary) or "64 MB"."""
+    """The number of bytes that an argument asks for.
+
+    Args:
+        size: An int, or a text such as "64 MiB", "64M" (both binary) or "64 MB".
+        what: The name of the argument, for the message.
+    """
     if isinstance(size, int) and not isinstance(size, bool):
         number = size
     elif isinstance(size, str) and (match := _SIZE.fullmatch(size.strip())):
@@ -44,7 +52,15 @@ def parse_size(size: Any, what: str = "max_bytes") -> int:
 
 
 def check_count(value: Any, what: str, low: int, high: int, hint: str) -> int:
-    """An int within bounds, or TypeError or ValueError with the hint."""
+    """Return an int if it is one, and within bounds.
+
+    Args:
+        value: The argument.
+        what: Its name.
+        low: The lowest number that makes sense.
+        high: The highest one.
+        hint: What to do instead, for the message.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{what} must be an int, not {value!r}; {hint}")
     if not low <= value <= high:
@@ -53,13 +69,19 @@ def check_count(value: Any, what: str, low: int, high: int, hint: str) -> int:
 
 
 def check_flag(value: Any, what: str) -> bool:
+    """Return an argument if it is True or False, and no other value."""
     if not isinstance(value, bool):
         raise TypeError(f"{what} must be True or False, not {value!r}")
     return value
 
 
 def check_budget(seconds: Any, what: str) -> None:
-    """Refuse a time to spend or to wait that is no number of 0 or more, or None."""
+    """Refuse a time to spend, or to wait, that is neither None nor 0 seconds or more.
+
+    Args:
+        seconds: The argument; None for no limit.
+        what: Its name.
+    """
     if seconds is None:
         return
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
@@ -73,7 +95,12 @@ def check_budget(seconds: Any, what: str) -> None:
 
 
 def ttl_to_ns(ttl: Any, what: str = "ttl") -> int:
-    """A time to live in seconds as whole nanoseconds, at least one."""
+    """A time to live in whole nanoseconds, at least one.
+
+    Args:
+        ttl: The argument, in seconds.
+        what: Its name.
+    """
     remedy = (
         "None means that entries never expire"
         if what == "ttl"
@@ -81,8 +108,8 @@ def ttl_to_ns(ttl: Any, what: str = "ttl") -> int:
     )
     if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
         raise TypeError(
-            f"{what} must be a number of seconds, not {ttl!r}; {remedy}, and of a"
-            " timedelta pass its total_seconds()"
+            f"{what} must be a number of seconds, not {ttl!r}; {remedy}; for a"
+            " timedelta, pass its total_seconds()"
         )
     if not ttl > 0 or math.isinf(ttl):
         raise ValueError(
@@ -97,18 +124,42 @@ def ttl_to_ns(ttl: Any, what: str = "ttl") -> int:
 
 
 def check_ttl(ttl: Any) -> None:
-    """Refuse a ``ttl`` argument that no call would take; it may be left out or None."""
+    """Refuse a ``ttl`` argument that is neither left out, nor None, nor seconds."""
     if ttl is not ... and ttl is not None:
         ttl_to_ns(ttl)
 
 
 def check_callable(function: Any, what: str, why: str) -> None:
-    """Refuse what is neither None nor callable.
+    """Refuse an argument that is neither None nor callable.
 
     Args:
         function: The argument.
         what: Its name.
-        why: What a callable is needed for, for the message.
+        why: What the callable is needed for, for the message.
     """
     if function is not None and not callable(function):
         raise TypeError(f"{what} must be callable, not {function!r}: {why}")
+
+
+def clock_in_ns(clock: Callable[[], float] | None) -> Callable[[], int] | None:
+    """Return a clock of int nanoseconds; None stands for CLOCK_MONOTONIC."""
+    if clock is None:
+        return None
+    if not callable(clock):
+        raise TypeError(
+            f"clock must be callable, such as time.monotonic_ns, not {clock!r}"
+        )
+    first = clock()
+    if isinstance(first, bool) or not isinstance(first, (int, float)):
+        raise TypeError(
+            f"clock() returned {first!r}; it must return nanoseconds as an int or"
+            " seconds as a float"
+        )
+    if not 0 <= first < math.inf:
+        raise ValueError(
+            f"clock() returned {first!r}; use one that counts up from 0, such as"
+            " time.monotonic_ns"
+        )
+    if isinstance(first, int):
+        return clock  # type: ignore[return-value]
+    return lambda: round(clock() * 1e9)

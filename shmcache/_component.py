@@ -1,7 +1,7 @@
 """``Component``: what the ready-made maps have in common.
 
-A component has a name, a few shared parts (each a ``Cache`` or a ``HandleMap``), and an
-end.  ``shmcache.report()`` finds the open ones of a process here.
+A component has a name and a few shared parts, each a ``Cache`` or a ``HandleMap``, and
+it is closed as a whole.  ``shmcache.report()`` finds the open ones of a process here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ _components: weakref.WeakSet[Component] = weakref.WeakSet()
 
 
 class Component:
-    """A ready-made map over shared parts, each a ``Cache`` or a ``HandleMap``."""
+    """A ready-made map over shared parts, each a ``Cache`` or a ``HandleMap``.
+
+    Args:
+        name: The name of the component.
+        metrics: Whether ``shmcache.report()`` includes it.
+        made_by: Makes the same component again, in the process that unpickles it.
+    """
 
     def __init__(
         self, name: str, metrics: bool, made_by: functools.partial[Any]
@@ -31,6 +37,7 @@ class Component:
         self._parts: dict[str, Cache | HandleMap] = {}
 
     def _opened(self, parts: dict[str, Cache | HandleMap]) -> None:
+        # Subclasses call this at the end of their construction.
         self._parts = parts
         _components.add(self)
 
@@ -48,11 +55,19 @@ class Component:
         raise NotImplementedError
 
     def sweep(self) -> int:
-        """Remove what has expired, of any worker; how many."""
+        """Remove what has expired, of any worker.
+
+        Returns:
+            How many entries were removed.
+        """
         return sum(part.sweep() for part in self._parts.values())
 
     def check(self) -> list[str]:
-        """What is wrong with the parts, a sentence each; empty when sound."""
+        """What is wrong with the parts.  O(size).
+
+        Returns:
+            A sentence for each finding; an empty list when all is well.
+        """
         return [
             f"{what}: {finding}"
             for what, part in self._parts.items()
@@ -67,8 +82,13 @@ class Component:
     def close(self, timeout: float = 10.0) -> bool:
         """Close this worker's handles (CLOSED), and leave all parts.
 
-        Waits for callbacks up to ``timeout`` seconds; whether all of them ended.
-        Calling it twice is fine.
+        Calling this twice is fine.
+
+        Args:
+            timeout: Seconds to wait for the callbacks of each part.
+
+        Returns:
+            Whether all callbacks have ended.
         """
         _components.discard(self)
         done = True

@@ -1,17 +1,17 @@
 """Requests under way: from a correlation id to this worker's live span.
 
-Problem: a span is an object of one process, and whoever keeps spans by request id
-keeps those of requests that never end; another worker, asked about a request, knows
-nothing of it.
+Problem: a span is an object of one process.  A worker that keeps spans by request id
+also keeps those of requests that never end, and another worker that is asked about a
+request knows nothing of it.
 
-Mechanism: a ``HandleMap`` whose handles are the spans.  What all may know of one -
-trace id, span id, start, the caller's own fields - is the value of its shared entry,
-so it is there exactly as long as the span is registered: there is no second table that
-could disagree.  Another worker finds it by asking for the id under each worker's token,
-O(workers), however many correlations there are.
+Mechanism: the spans are the handles of a ``HandleMap``.  What all workers may know of a
+span (trace id, span id, start, the caller's own fields) is the value of its shared
+entry, so it is there exactly as long as the span is registered, and there is no second
+table that could disagree.  Another worker finds it by asking for the id under each
+worker's token, which is O(workers), however many correlations there are.
 
-Whoever takes a span out of the map ends it: ``finish``, or after an eviction, once,
-the callback, which writes the cause into the span before.
+A span is ended once, by the call that takes it out of the map: by ``finish``, or after
+an eviction by the callback, which first writes the cause into the span.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from shmcache._arguments import Ttl
     from shmcache._format.layout import Cause
 
-# The attribute that an evicted span is given: the cause's name, such as "EXPIRED".
+# The attribute of an evicted span with the name of the cause, such as "EXPIRED".
 EVICTED = "shmcache.evicted"
 
 
@@ -45,11 +45,12 @@ EVICTED = "shmcache.evicted"
 class CorrelationSettings:
     """Bounds of the correlations of a host; times in seconds.
 
-    - ``max_correlations``: live spans of all workers together.
-    - ``correlation_ttl``: how long a correlation may go unused.
-    - ``cleanup_interval``: from sweep to sweep in each worker.
-    - ``enable_metrics``: whether ``shmcache.report()`` includes it.  ``stats()``, and
-      collectors given the map, always work.
+    Args:
+        max_correlations: The largest number of live spans of all workers together.
+        correlation_ttl: How long a correlation may go unused.
+        cleanup_interval: The time from sweep to sweep in each worker.
+        enable_metrics: Whether ``shmcache.report()`` includes the map.  ``stats()``,
+            and collectors given the map, always work.
     """
 
     max_correlations: int = 10_000
@@ -66,58 +67,81 @@ class CorrelationSettings:
 
     @classmethod
     def conservative(cls) -> CorrelationSettings:
-        """For small hosts: 5,000 correlations, up to 30 min, looked at every 5 min."""
+        """For small hosts: 5,000 correlations, up to 30 min, swept every 5 min."""
         return cls(5_000, 1800.0, 300.0)
 
     @classmethod
     def high_throughput(cls) -> CorrelationSettings:
-        """For busy hosts: 50,000 correlations, up to 2 h, looked at every 2 min."""
+        """For busy hosts: 50,000 correlations, up to 2 h, swept every 2 min."""
         return cls(50_000, 7200.0, 120.0)
 
 
 @dataclass(frozen=True)
 class CorrelationStats:
-    """Counts of a correlation map: the host's and this worker's."""
+    """Counts of a correlation map, of the host and of this worker.
+
+    Attributes:
+        spans: The counts of the handle map with the spans.
+    """
 
     spans: HandleStats
 
     @property
     def started(self) -> int:
-        """Correlations since the start, over all workers, gone ones included."""
+        """Correlations since the start, over all workers, ended ones included."""
         return self.spans.host.handles_opened
 
     @property
     def ended(self) -> int:
-        """Those whose span was finished, or ended after eviction, over all workers."""
+        """Correlations whose span has been ended, over all workers."""
         return self.spans.host.handles_closed
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """What every worker of the host may know of a request under way."""
+    """What every worker of the host may know of a request under way.
+
+    Attributes:
+        id: The correlation id.
+        pid: The process id of the worker that has the span.
+        trace_id: 32 hexadecimal digits, as in a traceparent header; "" if the span has
+            no context.
+        span_id: 16 hexadecimal digits; "" if the span has no context.
+        started: The start of the span, in seconds since 1970.
+        fields: What the caller of ``start`` wanted all workers to read.
+    """
 
     id: Any
-    pid: int  # of the worker that has the span
-    trace_id: str  # 32 hexadecimal digits, as in a traceparent header; "" without
-    span_id: str  # 16 hexadecimal digits; "" without
-    started: float  # seconds since 1970
+    pid: int
+    trace_id: str
+    span_id: str
+    started: float
     fields: dict[str, Any] = field(default_factory=dict)
 
 
 class CorrelationMap(Component):
-    """From request id to this worker's live span; its data is for all workers to read.
-
-    - ``name``: of the shared map, the same in all workers.
-    - ``settings``: a ``CorrelationSettings``, the same in all workers.
-    - ``tracer``: starts the spans that ``start`` is given a name for; left out,
-      OpenTelemetry's tracer "shmcache".
-    - ``max_bytes``: room for the shared data; default: 512 bytes a correlation.
-    - ``callback_threads``, ``lock_timeout``, ``clock``: as of ``HandleMap``.
+    """From request id to this worker's live span; all workers may read its data.
 
     A span is any object with ``end()`` and ``set_attribute(name, value)``, such as
     OpenTelemetry's.  An id is any key of a ``Cache``.  An evicted span is given the
     attribute ``shmcache.evicted`` (EXPIRED, CAPACITY, REPLACED, CLEARED, CLOSED) and
-    ended.  Raises what ``HandleMap`` raises.
+    ended.
+
+    Args:
+        name: The name of the shared map, the same in all workers.
+        settings: The bounds, the same in all workers.
+        tracer: Starts a span when ``start`` is given a name; left out: OpenTelemetry's
+            tracer "shmcache".
+        max_bytes: Room for the shared data, in bytes or as a text such as "64 MiB";
+            default: 512 bytes a correlation.
+        callback_threads: How many spans may be ended at once in a worker.
+        lock_timeout: As for ``HandleMap``.
+        clock: As for ``HandleMap``.
+
+    Raises:
+        ShmCacheError: For the same reasons as ``HandleMap``.
+        TypeError: An argument has a wrong type.
+        ValueError: An argument is out of bounds.
     """
 
     def __init__(
@@ -177,12 +201,26 @@ class CorrelationMap(Component):
         fields: Mapping[str, Any] | None = None,
         ttl: Ttl = ...,
     ) -> Any:
-        """Register a live span, or a name to start one with; the span.
+        """Register a live span, or start one.
 
-        ``fields``: what else all workers may read; values as a ``Cache`` takes them.
-        ``ttl``: seconds; left out, the settings'.  A former span of the id in this
-        worker is ended (REPLACED).  When this raises, nothing is registered; a span
-        given is the caller's to end, one started here has been ended.
+        A former span of the id in this worker is ended (REPLACED).  If this raises,
+        nothing is registered; the caller ends a span that it gave, and a span that was
+        started here has been ended.
+
+        Args:
+            correlation_id: Any key of a ``Cache``.
+            span: The span, or the name of a span to start.
+            fields: What else all workers may read; its values are any that a ``Cache``
+                can store.
+            ttl: Seconds to live; None: for ever; left out: the settings'.
+
+        Returns:
+            The span.
+
+        Raises:
+            TypeError: The span has no ``end()`` or ``set_attribute()``.
+            ImportError: A name was given without a tracer, and OpenTelemetry is not
+                installed.
         """
         shown = _checked(fields)
         if not isinstance(span, str):
@@ -195,13 +233,14 @@ class CorrelationMap(Component):
             raise
 
     def get(self, correlation_id: Any, default: Any = None) -> Any:
-        """This worker's live span of an id, or ``default``.  A use.  O(1)."""
+        """This worker's live span of an id, or ``default``; a use.  O(1)."""
         return self._map.get(correlation_id, default)
 
     def lease(self, correlation_id: Any) -> AbstractContextManager[Any]:
-        """This worker's span for a with block: it is not ended before the block is.
+        """This worker's span of an id, which is not ended before the block ends.
 
-        KeyError when there is none.
+        Raises:
+            KeyError: This worker has no span of the id.
         """
         return self._map.lease(correlation_id)
 
@@ -210,7 +249,12 @@ class CorrelationMap(Component):
     ) -> bool:
         """Give this worker's span its last attributes, and end it.
 
-        False when there is none any more: it was evicted, and ended then.
+        Args:
+            correlation_id: The id.
+            attributes: The last attributes, by name.
+
+        Returns:
+            False if there is no span any more: it was evicted, and ended then.
         """
         last = _checked(attributes, "attributes")
         span = self._map.pop(correlation_id, None)
@@ -226,7 +270,8 @@ class CorrelationMap(Component):
     def find(self, correlation_id: Any) -> Correlation | None:
         """What is known of an id, whichever worker has its span; not a use.
 
-        Of several workers' the one started last.  O(workers).
+        O(workers).  If several workers have a span of the id, the one that was started
+        last is returned; if none has, None.
         """
         found = self.find_all(correlation_id)
         return max(found, key=lambda c: c.started, default=None)
@@ -243,7 +288,11 @@ class CorrelationMap(Component):
         return [_correlation(e.key, e.pid, e.value) for e in self._map.host()]
 
     def clear(self) -> int:
-        """End all spans of all workers (CLEARED); how many."""
+        """End all spans of all workers (CLEARED).
+
+        Returns:
+            How many spans there were.
+        """
         return self._map.clear()
 
     def __contains__(self, correlation_id: Any) -> bool:
@@ -251,11 +300,11 @@ class CorrelationMap(Component):
         return correlation_id in self._map
 
     def __len__(self) -> int:
-        """How many live spans this worker has."""
+        """The number of live spans that this worker has."""
         return len(self._map)
 
     def __bool__(self) -> bool:
-        """True: without spans it is not nothing."""
+        """True, also without any span."""
         return True
 
     def stats(self) -> CorrelationStats:
@@ -267,9 +316,9 @@ class CorrelationMap(Component):
     ) -> Any:
         if self._registered != os.getpid():
             self._registered = os.getpid()
-            # Spans that a process leaves open, even by dropping the map, are ended
-            # before its tracer provider shuts down: of what was registered, the last
-            # goes first, and a provider is there before its first span.
+            # Spans that a process leaves open, even by dropping the map, must be ended
+            # before its tracer provider shuts down.  atexit runs the function that was
+            # registered last first, and a provider is there before its first span.
             atexit.register(self._close_at_exit)
         trace_id = span_id = ""
         context = getattr(span, "get_span_context", None)
@@ -286,18 +335,23 @@ class CorrelationMap(Component):
     def close(self, timeout: float = 10.0) -> bool:
         """End this worker's spans (CLOSED), and leave the map.
 
-        Waits for callbacks up to ``timeout`` seconds; whether all of them ended.  At
-        the end of a process this is done by itself.
+        At the end of a process this happens by itself.
+
+        Args:
+            timeout: Seconds to wait for callbacks.
+
+        Returns:
+            Whether all callbacks have ended.
         """
         if self._registered == os.getpid():
             atexit.unregister(self._close_at_exit)
         return super().close(timeout)
 
     def _close_at_exit(self) -> None:
-        # Not in a child that was forked, and inherits what is to be done at exit.
+        # A forked child inherits what is registered with atexit, and must not do it.
         if self._registered == os.getpid():
             self._registered = 0
-            with suppress(ShmCacheError):  # what is left is closed with the segment
+            with suppress(ShmCacheError):  # the rest is closed with the segment
                 self.close()
 
     def _tracer_or_default(self) -> Any:

@@ -1,23 +1,23 @@
-"""What can go wrong, as one tree; every message ends with what to do.
+"""The errors of this package, as one tree; every message ends with what to do.
 
 ::
 
     ShmCacheError
     ├── ConfigMismatch(ValueError)      the segment exists with other settings
-    ├── SegmentNotFound(LookupError)    Cache.attach() of a name that nobody created
+    ├── SegmentNotFound(LookupError)    Cache.attach() of a name that does not exist
     ├── SegmentCorrupt                  the segment's bytes make no sense
-    ├── SegmentRefused(PermissionError) another user's, or readable by others
+    ├── SegmentRefused(PermissionError) another user's file, or one that others can read
     ├── OutOfSharedMemory(MemoryError)  /dev/shm has no room for the segment
     ├── TooManyWorkers                  all worker rows are taken
     ├── LockTimeout(TimeoutError)       a lock or a result took too long
     ├── ReentrantCall(RuntimeError)     a call that would wait for itself
     ├── CacheClosed(ValueError)         use after close()
     ├── EntryTooLarge(ValueError)       the entry could never fit
-    ├── UnsupportedKey(TypeError)       no str, bytes, int or tuple of them
+    ├── UnsupportedKey(TypeError)       not a str, bytes, int or tuple of them
     ├── UnsupportedValue(TypeError)     a value the codec cannot bring back unchanged
     └── UnsupportedPlatform(OSError)    no POSIX shared memory here
 
-The second base is what code that knows nothing of this package would catch.
+The second base is the error that code would catch that does not know this package.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class SegmentNotFound(ShmCacheError, LookupError):
 
 
 class SegmentCorrupt(ShmCacheError):
-    """The segment's content makes no sense, and could not be repaired."""
+    """The segment's content makes no sense and could not be rebuilt."""
 
 
 class SegmentRefused(ShmCacheError, PermissionError):
-    """A file under the cache's name is not safely ours: owner, mode or type."""
+    """A file under the cache's name is not safely ours: its owner, mode or type."""
 
 
 class OutOfSharedMemory(ShmCacheError, MemoryError):
@@ -48,15 +48,15 @@ class OutOfSharedMemory(ShmCacheError, MemoryError):
 
 
 class TooManyWorkers(ShmCacheError):
-    """More processes are attached than a segment has worker rows."""
+    """More processes want to attach than a segment has worker rows."""
 
 
 class LockTimeout(ShmCacheError, TimeoutError):
-    """A lock was not to be had, or a result did not come, within the time given."""
+    """A lock was not free, or a result did not come, within the given time."""
 
 
 class ReentrantCall(ShmCacheError, RuntimeError):
-    """A call from inside an operation that would have to wait for that operation."""
+    """A call, made during another operation, that would wait for that operation."""
 
 
 class CacheClosed(ShmCacheError, ValueError):
@@ -64,7 +64,7 @@ class CacheClosed(ShmCacheError, ValueError):
 
 
 class EntryTooLarge(ShmCacheError, ValueError):
-    """Key and value together are larger than the cache, or its shard, can ever hold."""
+    """Key and value together are larger than the cache, or a shard, can ever hold."""
 
 
 class UnsupportedKey(ShmCacheError, TypeError):
@@ -76,4 +76,4 @@ class UnsupportedValue(ShmCacheError, TypeError):
 
 
 class UnsupportedPlatform(ShmCacheError, OSError):
-    """This system lacks what the package needs (Linux has all of it)."""
+    """This system lacks what the package needs; Linux has all of it."""

@@ -1,23 +1,25 @@
-"""OpenTelemetry metrics of caches and handle maps, by one worker for the whole host.
+"""OpenTelemetry metrics of caches and handle maps: one worker reports the whole host.
 
-Problem: each worker has its own SDK and exporter, and the counts are the host's: were
-all to report them, a backend that sums over workers would show a multiple.
+Problem: each worker has its own SDK and exporter, and the counts are those of the host.
+If all workers reported them, a backend that sums over workers would show a multiple.
 
-Mechanism: the workers elect a reporter by a kernel lock on a byte of the cache's lease
-file (see _workers.py).  Whoever has it reports the cache, and all others observe
-nothing.  The kernel drops the lock when its holder dies, and the next worker to
-collect gets it; so a takeover lasts one export interval at most.  The election is held
-cache by cache.
+Mechanism: the workers elect a reporter by a kernel lock on one byte of the cache's lock
+file (see _process/election.py).  The process that holds the lock reports the cache,
+and all others observe nothing.  Each cache has an election of its own.
 
-Instruments follow the semantic conventions: namespaced names and attributes, units in
-UCUM, no unit or "total" in a name.  What can be summed and may fall is an up-down
-counter.  There is no observable histogram, so a distribution is three counters:
-``.sum`` in seconds, ``.count``, and ``.bucket``, whose attribute ``le`` is an upper
-bound, as in Prometheus: how many were not above it.
+Death in the middle: the kernel drops the lock of a dead reporter, and the next worker
+that collects gets it.  So a change of reporters takes one export interval at most.
 
-Reported are totals since the cache was created.  Exporters that ask for deltas get the
-whole total as the first delta after a takeover: use cumulative temporality, which is
-the default, for counters.
+Instruments follow the semantic conventions: names and attributes have a namespace,
+units are in UCUM, and no name contains a unit or "total".  A quantity that can be
+summed and may fall is an up-down counter.  OpenTelemetry has no observable histogram,
+so a distribution is three counters: ``.sum`` in seconds, ``.count``, and ``.bucket``.
+The attribute ``le`` of a bucket is an upper bound, and the bucket counts what was not
+above it, as in Prometheus.
+
+The totals since the creation of the cache are reported.  An exporter that asks for
+deltas gets the whole total as the first delta of each new reporter, so use cumulative
+temporality for counters, which is the default.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ from shmcache._observe.measures import (
     Reading,
     registries,
 )
-from shmcache._process import attachment as _workers
+from shmcache._process.election import Office, elected, resign
+from shmcache._version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,23 +61,35 @@ if TYPE_CHECKING:
 def instrument(
     *caches: Measured, meter_provider: MeterProvider | None = None
 ) -> Instrumentation:
-    """Report caches and maps through a meter provider; the global one by default.
+    """Report caches and maps through a meter provider.
 
-    Call it in every worker: of those that did, one reports each cache, and another
-    takes over when it ends.  ``shutdown()`` of what is returned ends it in this
-    process; call that when the provider is shut down before the process ends, as this
-    worker would stay elected otherwise.
+    Call it in every worker.  One of the workers that called it reports each cache, and
+    another one takes over when that worker ends.
+
+    Args:
+        *caches: Caches, handle maps and ready-made maps.
+        meter_provider: The provider; None for the global one.
+
+    Returns:
+        An object whose ``shutdown()`` ends the reporting in this process.  Call that if
+        the provider is shut down before the process ends: otherwise this worker stays
+        elected, and nobody reports.
+
+    Raises:
+        TypeError: No cache was given, or something that is none.
+        ValueError: Two objects of the same cache were given.
     """
     found = registries(caches, "instrument")
     default = metrics.get_meter_provider()
     if meter_provider is None or meter_provider is default:
         reporter = _reporters.get(None)
-        meter = metrics.get_meter("shmcache", _version())
+        meter = metrics.get_meter("shmcache", __version__)
     else:
         reporter = _reporters_of.get(meter_provider)
-        meter = meter_provider.get_meter("shmcache", _version())
+        meter = meter_provider.get_meter("shmcache", __version__)
     if reporter is None:
-        # A meter keeps the instruments, and the callbacks, that it was given first.
+        # A meter keeps the first instrument of a name, with its callbacks.  So there is
+        # one reporter for each provider, whose callbacks serve all instrumentations.
         reporter = _Reporter(meter)
         if meter_provider is None or meter_provider is default:
             _reporters[None] = reporter
@@ -85,12 +100,6 @@ def instrument(
     return instrumentation
 
 
-def _version() -> str:
-    from shmcache import __version__
-
-    return __version__
-
-
 class Instrumentation:
     """Caches that this process reports when it is elected, until ``shutdown()``."""
 
@@ -98,13 +107,23 @@ class Instrumentation:
         self._reader = Reader(caches, "an export")
         self._reporter = reporter
 
+    @property
+    def caches(self) -> dict[str, Cache]:
+        """The caches by name."""
+        return self._reader.caches
+
     def shutdown(self) -> None:
-        """Report no more; another worker may take over.  Twice is fine."""
+        """Stop reporting in this process; another worker may take over.
+
+        Calling it twice is fine.
+        """
         if self not in self._reporter.active:
             return
         self._reporter.active.remove(self)
-        for name, cache in self._reader.caches.items():
-            if not any(name in other._reader.caches for other in _all_active()):
+        # Another instrumentation of this process may report the same cache.
+        still = {name for other in _all_active() for name in other.caches}
+        for name, cache in self.caches.items():
+            if name not in still:
                 _resign(cache)
 
     close = shutdown
@@ -115,13 +134,18 @@ class Instrumentation:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _readings(self, taken: set[str]) -> Iterator[Reading]:
-        # Of the caches that this process is to report, but those in ``taken``.
-        for name, cache in self._reader.caches.items():
+    def readings(self, taken: set[str]) -> Iterator[Reading]:
+        """Read the caches for which this process is elected.
+
+        Args:
+            taken: Names of caches to be left out.  The names of the caches that are
+                read are added to it.
+        """
+        for name, cache in self.caches.items():
             if name in taken or not _elected(cache):
                 continue
             if self not in self._reporter.active:
-                _resign(cache)  # shut down meanwhile
+                _resign(cache)  # another thread has just called shutdown()
                 continue
             reading = self._reader.read(name)
             if reading is not None:
@@ -130,18 +154,18 @@ class Instrumentation:
 
 
 def _elected(cache: Cache) -> bool:
-    # Whether this process has the reporter's lock, now if not before.
-    # A closed one is for the reader to complain of.
-    return cache.closed or _workers.elected(cache._attachment, _workers.REPORTER)
+    # Whether this process holds the reporter's lock; takes it if nobody does.  A closed
+    # cache passes, so that the reader logs why it is not reported.
+    return cache.closed or elected(cache.internals.attachment, Office.REPORTER)
 
 
 def _resign(cache: Cache) -> None:
     if not cache.closed:
-        _workers.resign(cache._attachment, _workers.REPORTER)
+        resign(cache.internals.attachment, Office.REPORTER)
 
 
 class _Round(threading.local):
-    """One thread's collection: what it read, and for which instruments."""
+    """A thread's collection: its readings, and the instruments that have used them."""
 
     def __init__(self) -> None:
         self.served: set[str] = set()
@@ -149,7 +173,7 @@ class _Round(threading.local):
 
 
 class _Reporter:
-    """The instruments of one meter, which report whatever is active."""
+    """The instruments of one meter; they report all active instrumentations."""
 
     def __init__(self, meter: Meter) -> None:
         self.active: list[Instrumentation] = []
@@ -157,8 +181,8 @@ class _Reporter:
         self._create(meter)
 
     def _readings(self, name: str) -> list[Reading]:
-        # All instruments of a collection tell of one moment; an instrument that asks
-        # again begins the next one.
+        # All instruments of one collection use the same readings.  An instrument that
+        # asks a second time tells that the next collection has begun.
         current = self._round
         if not current.served or name in current.served:
             current.served = set()
@@ -166,7 +190,7 @@ class _Reporter:
             current.readings = [
                 reading
                 for instrumentation in list(self.active)
-                for reading in instrumentation._readings(taken)
+                for reading in instrumentation.readings(taken)
             ]
         current.served.add(name)
         return current.readings
@@ -241,7 +265,8 @@ def _parts(
     return [("sum", "s", total), ("count", unit, count), ("bucket", unit, bucket)]
 
 
-_reporters: dict[None, _Reporter] = {}  # of the global provider, set or yet to be set
+# The reporter of the global provider, whether that is set already or not.
+_reporters: dict[None, _Reporter] = {}
 _reporters_of: weakref.WeakKeyDictionary[MeterProvider, _Reporter] = (
     weakref.WeakKeyDictionary()
 )

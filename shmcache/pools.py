@@ -1,11 +1,11 @@
 """Connection pools of all workers of a host, bounded together.
 
-Problem: each worker keeps a pool object for each server that it has ever talked to, so
-4 workers and 1,000 servers are 4,000 pools with open sockets, and none ever goes.
+Problem: each worker keeps a pool object for each server that it has ever talked to.  So
+4 workers and 1,000 servers make 4,000 pools with open sockets, and none is ever closed.
 
-Mechanism: a ``HandleMap`` whose handles are the pools: one for each server and worker,
-the bound for the whole host, the least recently used of all workers first.  The worker
-that owns a pool closes it, with its connections.
+Mechanism: the pools are the handles of a ``HandleMap``, one for each server and worker.
+The bound holds for the whole host, and the least recently used of all workers goes
+first.  The worker that owns a pool closes it, with its connections.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from shmcache._format.layout import Cause
 
-# What pools call their end, the most thorough first: urllib3's PoolManager has only
-# clear(), psycopg2's pools closeall(), redis's disconnect(), SQLAlchemy's dispose().
+# The names that pools have for closing, the most thorough first: urllib3's PoolManager
+# has only clear(), psycopg2's pools closeall(), redis's disconnect(), SQLAlchemy's
+# dispose().
 _ENDINGS = ("close", "closeall", "disconnect", "dispose", "clear")
 
 
@@ -35,12 +36,13 @@ _ENDINGS = ("close", "closeall", "disconnect", "dispose", "clear")
 class PoolSettings:
     """Bounds of the connection pools of a host; times in seconds.
 
-    - ``max_server_pools``: pools of all workers together.
-    - ``server_pool_ttl``: how long a pool may go unused.
-    - ``pool_cleanup_interval``: from sweep to sweep in each worker; an unused pool goes
-      at the first sweep of any worker after its time.
-    - ``enable_pool_metrics``: whether ``shmcache.report()`` includes it.  Counting as
-      such costs nothing: ``stats()``, and collectors given the pools, always work.
+    Args:
+        max_server_pools: The largest number of pools of all workers together.
+        server_pool_ttl: How long a pool may go unused.
+        pool_cleanup_interval: The time from sweep to sweep in each worker.  An unused
+            pool goes at the first sweep of any worker after its time.
+        enable_pool_metrics: Whether ``shmcache.report()`` includes the pools.
+            ``stats()``, and collectors given the pools, always work.
     """
 
     max_server_pools: int = 1000
@@ -57,18 +59,22 @@ class PoolSettings:
 
     @classmethod
     def conservative(cls) -> PoolSettings:
-        """For small hosts: 500 pools, unused for up to 1 h, looked at every 10 min."""
+        """For small hosts: 500 pools, unused for up to 1 h, swept every 10 min."""
         return cls(500, 3600.0, 600.0)
 
     @classmethod
     def high_throughput(cls) -> PoolSettings:
-        """For busy hosts: 2,000 pools, unused for up to 2 h, looked at every 5 min."""
+        """For busy hosts: 2,000 pools, unused for up to 2 h, swept every 5 min."""
         return cls(2000, 7200.0, 300.0)
 
 
 @dataclass(frozen=True)
 class PoolStats:
-    """Counts of connection pools: the host's and this worker's."""
+    """Counts of connection pools, of the host and of this worker.
+
+    Attributes:
+        pools: The counts of the handle map with the pools.
+    """
 
     pools: HandleStats
 
@@ -79,25 +85,31 @@ class PoolStats:
 
     @property
     def closed(self) -> int:
-        """Pools that have gone and whose closing has ended, over all workers."""
+        """Pools that have been closed since the start, over all workers."""
         return self.pools.host.handles_closed
 
 
 class ConnectionPools(Component):
     """One pool for each server and worker; the bound holds for the whole host.
 
-    - ``name``: of the shared map, the same in all workers.
-    - ``settings``: a ``PoolSettings``, the same in all workers.
-    - ``factory``: ``factory(server)`` makes a pool; ``get`` and ``lease`` may be given
-      another one.
-    - ``close``: ``close(pool)`` closes it; left out, the pool's own ``close()``,
-      ``closeall()``, ``disconnect()``, ``dispose()`` or ``clear()``, the first it has.
-    - ``callback_threads``: how many pools may be closed at once in a worker.
-    - ``lock_timeout``, ``clock``: as of ``Cache``.
-
     A server is named by any key of a ``Cache``: a URL, a DSN, ``(host, port)``.
-    Works as is with the pools of urllib3, requests (sessions), httpx, psycopg_pool.
-    Raises what ``HandleMap`` raises.
+    Pools of urllib3, requests (sessions), httpx and psycopg_pool need no ``close``.
+
+    Args:
+        name: The name of the shared map, the same in all workers.
+        settings: The bounds, the same in all workers.
+        factory: ``factory(server)`` makes a pool; ``get`` and ``lease`` may be given
+            another one.
+        close: ``close(pool)`` closes it; left out: the first of the pool's own
+            ``close()``, ``closeall()``, ``disconnect()``, ``dispose()``, ``clear()``.
+        callback_threads: How many pools may be closed at once in a worker.
+        lock_timeout: As for ``Cache``.
+        clock: As for ``Cache``.
+
+    Raises:
+        ShmCacheError: For the same reasons as ``HandleMap``.
+        TypeError: An argument has a wrong type.
+        ValueError: An argument is out of bounds.
     """
 
     def __init__(
@@ -147,11 +159,19 @@ class ConnectionPools(Component):
         self._opened({"pools": self._map})
 
     def get(self, server: Any, factory: Callable[[Any], Any] | None = None) -> Any:
-        """This worker's pool of a server, made when there is none.  A use.
+        """This worker's pool of a server, made when there is none; a use.  O(1).
 
-        Of many threads that ask at once, one makes it.  The pool may be closed any time
-        another worker needs the room: who cannot do with that takes a ``lease``.
-        What the factory raises reaches the caller, and nothing is registered.
+        If many threads ask at once, one makes the pool.  The pool may be closed at any
+        time because another worker needs the room; a ``lease`` keeps it open.  What the
+        factory raises reaches the caller, and nothing is registered.
+
+        Args:
+            server: The server.
+            factory: Makes the pool, in place of the map's factory.
+
+        Raises:
+            TypeError: There is no factory, or the pool cannot be closed.
+            ValueError: The factory returned None.
         """
         pool = self._map.get(server)
         if pool is not None and factory is None:
@@ -162,23 +182,31 @@ class ConnectionPools(Component):
     def lease(
         self, server: Any, factory: Callable[[Any], Any] | None = None
     ) -> Iterator[Any]:
-        """As ``get``, and the pool stays open until the block ends, even if evicted."""
+        """As ``get``, and the pool stays open until the block ends, even if evicted.
+
+        Args:
+            server: The server.
+            factory: Makes the pool, in place of the map's factory.
+        """
         with self._map.lease(server, self._maker(server, factory)) as pool:
             yield pool
 
     def discard(self, server: Any) -> bool:
-        """Close this worker's pool of a server; whether there was one."""
+        """Close this worker's pool of a server; False if there was none."""
         return self._map.discard(server)
 
     def clear(self) -> int:
-        """Close all pools of all workers; how many.
+        """Close all pools of all workers.
 
-        The other workers' within some 40 ms, by themselves.
+        Other workers close theirs by themselves, within some 40 ms.
+
+        Returns:
+            How many pools there were.
         """
         return self._map.clear()
 
     def host(self) -> list[HostEntry]:
-        """The pools of all workers: server, PID, age, time left."""
+        """The pools of all workers, in no order; no use of them.  O(entries)."""
         return self._map.host()
 
     def __contains__(self, server: Any) -> bool:
@@ -186,11 +214,11 @@ class ConnectionPools(Component):
         return server in self._map
 
     def __len__(self) -> int:
-        """How many pools this worker has."""
+        """The number of pools that this worker has."""
         return len(self._map)
 
     def __bool__(self) -> bool:
-        """True: without pools it is not nothing."""
+        """True, also without any pool."""
         return True
 
     def stats(self) -> PoolStats:
@@ -212,7 +240,7 @@ class ConnectionPools(Component):
                 " pool"
             )
         if self._close is None:
-            _ending(pool)  # who cannot be closed is refused now
+            _ending(pool)  # a pool that cannot be closed is refused now
         return pool
 
     def _end(self, _: Any, pool: Any, __: Cause) -> None:
@@ -223,7 +251,7 @@ class ConnectionPools(Component):
 
 
 def _ending(pool: Any) -> Callable[[], object]:
-    # How a pool is closed when nobody says.
+    # The method that closes a pool when no ``close`` was given.
     for name in _ENDINGS:
         method: Callable[[], object] | None = getattr(pool, name, None)
         if callable(method) and not inspect.iscoroutinefunction(method):

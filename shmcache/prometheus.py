@@ -1,4 +1,4 @@
-"""Prometheus metrics of caches and handle maps, the whole host's in each worker.
+"""Prometheus metrics of caches and handle maps: each worker exports the whole host.
 
 ::
 
@@ -7,10 +7,14 @@
 
     REGISTRY.register(CacheCollector(cache))
 
-The counts live in the segment, so any worker's ``/metrics`` tells the totals of all
-workers, those that have gone included: there are no files to share and to clean up
-(``PROMETHEUS_MULTIPROC_DIR``), no counter falls when workers are recycled, and a
-scrape costs the same however many have been.
+Problem: a scrape reaches one worker, and the metrics are those of all workers.  The
+usual answer, files in ``PROMETHEUS_MULTIPROC_DIR``, leaves files to clean up.
+
+Mechanism: the counts live in the segment, so the ``/metrics`` of any worker exports the
+totals of all workers, including those that have ended.  No counter falls when a worker
+is replaced, and the cost of a scrape does not grow with the number of ended workers.
+
+Death in the middle: a scrape changes nothing.
 """
 
 from __future__ import annotations
@@ -45,13 +49,21 @@ _PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
 
 class CacheCollector(Collector):
-    """A collector for a ``CollectorRegistry``, of one cache or map or several.
+    """A collector for a ``CollectorRegistry``, of one or more caches and maps.
 
-    - ``prefix``: what the metrics' names begin with.  The label ``cache`` is the name
-      of the cache.
+    Registering the collector reads nothing.  A scrape takes no lock and costs
+    O(shards + workers) for each cache.  A cache that is closed, or cannot be read, is
+    left out of the scrape; that is logged once.
 
-    Registering it reads nothing.  A cache that is closed, or cannot be read, is left
-    out of the scrape, and logged once.
+    Args:
+        *caches: Caches, handle maps and ready-made maps.
+        prefix: What the names of the metrics begin with.  The label ``cache`` has the
+            name of the cache.
+
+    Raises:
+        TypeError: No cache was given, or something that is none.
+        ValueError: The prefix cannot begin a metric's name, or two objects of the same
+            cache were given.
     """
 
     def __init__(self, *caches: Measured, prefix: str = "shmcache") -> None:
@@ -68,7 +80,7 @@ class CacheCollector(Collector):
         return list(self._families([]))
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics of all caches, each cache's as of one moment."""
+        """The metrics of all caches; those of one cache come from one reading."""
         found = map(self._reader.read, self._reader.caches)
         for family in self._families([reading for reading in found if reading]):
             if family.samples:

@@ -6,57 +6,98 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
-from shmcache._engine import compiled
+from shmcache._engine import is_compiled
 from shmcache._format import layout as L
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from shmcache._segment.create import Header
+    from shmcache._segment.header import Header
 
 
 @dataclass(frozen=True)
 class Stats:
     """What a cache did since its segment was created, over all processes.
 
-    Times are in seconds, sizes in bytes.
+    Times are in seconds, sizes in bytes.  A histogram has one number for each bucket,
+    of values up to the bounds ``*_BOUNDS`` of _format/layout.py, and a last number for
+    what is above all bounds.
+
+    Attributes:
+        name: The cache.
+        entries: Entries that are there, with expired ones that were not removed yet.
+        max_entries: The bound; 0 if only bytes are bounded.
+        bytes_used: Bytes in blocks that entries have.
+        bytes_capacity: Bytes in all blocks.
+        segment_bytes: All of the shared memory, bookkeeping included.
+        hits: Lookups that found an entry.
+        misses: Lookups that found none.
+        sets: Entries written.
+        removed: How many entries went, by the name of the cause.
+        expired: Entries that went because their time was over.
+        evicted: Entries that went to make room for others.
+        unread: Entries that expired or were evicted and that nobody had ever read.
+        sweeps: Calls of ``sweep()``, those of the sweeper threads included.
+        sweep_seconds: Time spent in them.
+        too_large: Writes refused with EntryTooLarge.
+        lock_waits: How often a process had to wait for a shard's lock.
+        lock_wait_seconds: Time spent waiting.
+        lock_timeouts: Waits that ended in LockTimeout.
+        recoveries: Takeovers from dead processes, and rebuilds of damaged shards.
+        dropped: Entries that a rebuild had to give up.
+        recovered: Entries found when a persistent cache was last taken into use again.
+        handles_opened: Handles registered; this and the next three are 0 for a Cache.
+        handles_closed: Handles that went and whose callback has ended; those of dead
+            processes are not among them.
+        callbacks: Callbacks that were run.
+        callback_failures: Callbacks that raised.
+        sweep_buckets: A histogram of the seconds that sweeps took.
+        lock_wait_buckets: A histogram of the seconds that waits took.
+        eviction_age_buckets: A histogram of the ages of expired and evicted entries.
+        eviction_age_seconds: The sum of these ages.
+        shards: How many shards there are.
+        workers: How many processes are attached.
+        age: Seconds since the segment was created.
+        compiled: Whether this process runs the compiled engine.
+        unstable_shards: Shards whose counts are not of one moment, because their writer
+            did not come out (it was stopped, perhaps) while they were read.
     """
 
     name: str
-    entries: int  # with those expired but not yet removed
-    max_entries: int  # 0: bounded by bytes alone
-    bytes_used: int  # in blocks, as bytes_capacity is
+    entries: int
+    max_entries: int
+    bytes_used: int
     bytes_capacity: int
-    segment_bytes: int  # all of the shared memory
+    segment_bytes: int
     hits: int
     misses: int
     sets: int
-    removed: dict[str, int] = field(repr=False)  # by cause
+    removed: dict[str, int] = field(repr=False)
     expired: int
-    evicted: int  # for want of room
-    unread: int  # expired or evicted without ever having been read
+    evicted: int
+    unread: int
     sweeps: int
     sweep_seconds: float
     too_large: int
     lock_waits: int
     lock_wait_seconds: float
     lock_timeouts: int
-    recoveries: int  # shards taken over from the dead, or repaired
-    dropped: int  # entries that a repair had to give up
-    recovered: int  # entries there when a persistent cache was last taken up again
-    handles_opened: int  # of a HandleMap, as are the next three; else 0
-    handles_closed: int  # gone, with their callbacks done; the dead close none
+    recoveries: int
+    dropped: int
+    recovered: int
+    handles_opened: int
+    handles_closed: int
     callbacks: int
     callback_failures: int
-    # Histograms: how many in each bucket of _layout's *_BOUNDS, and over the last one.
     sweep_buckets: tuple[int, ...] = field(repr=False)
     lock_wait_buckets: tuple[int, ...] = field(repr=False)
     eviction_age_buckets: tuple[int, ...] = field(repr=False)
-    eviction_age_seconds: float  # the sum of the ages of all that were evicted
+    eviction_age_seconds: float
     shards: int
     workers: int
     age: float
     compiled: bool
+    unstable_shards: int = 0
 
     @classmethod
     def of(
@@ -67,13 +108,20 @@ class Stats:
         *,
         recovered: int,
         workers: int,
+        unstable_shards: int,
     ) -> Self:
-        """From each shard's words up to the counters' end, and the rows' counters."""
+        """Make the statistics from counters that were read from a segment.
+
+        Args:
+            header: The segment's header.
+            shards: The words of each shard, from its start to the counters' end.
+            counters: The sums of the workers' counters, from word R_COUNTERS of a row.
+            recovered: As the header's word H_RECOVERED says.
+            workers: How many processes are attached.
+            unstable_shards: How many shards' words are not of one moment.
+        """
         geometry, settings = header.geometry, header.settings
-        sums = [0] * L.S_COUNTERS_END
-        for words in shards:
-            for i, word in enumerate(words):
-                sums[i] += word
+        sums = _sums(shards)
         rows = [0] * L.R_COUNTERS + counters
         removed = {cause.name: sums[L.S_GONE + cause] for cause in L.Cause}
         return cls(
@@ -119,19 +167,28 @@ class Stats:
             shards=settings.shards,
             workers=workers,
             age=(time.time_ns() - header.created_wall_ns) / 1e9,
-            compiled=compiled,
+            compiled=is_compiled,
+            unstable_shards=unstable_shards,
         )
 
     @property
     def hit_ratio(self) -> float:
-        """Hits by lookups; 0.0 before the first lookup."""
+        """Hits divided by lookups; 0.0 before the first lookup."""
         lookups = self.hits + self.misses
         return self.hits / lookups if lookups else 0.0
+
+
+def _sums(shards: Iterable[Sequence[int]]) -> list[int]:
+    sums = [0] * L.S_COUNTERS_END
+    for words in shards:
+        for i, word in enumerate(words):
+            sums[i] += word
+    return sums
 
 
 def _buckets(
     words: list[int], first: int, bounds: tuple[float, ...], total: int
 ) -> tuple[int, ...]:
-    # With the one that is not counted: what is over the last bound.
+    # The last bucket, for what is over all bounds, is not counted: it is the rest.
     counts = words[first : first + len(bounds)]
     return (*counts, max(0, total - sum(counts)))

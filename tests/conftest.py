@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 pytest.register_assert_rewrite("model", "peers", "servers", "worker_app")
 
 ROOT = Path(__file__).resolve().parent.parent
-PURE = ROOT / "tests" / "pure"
 SHM = Path("/dev/shm")
 PATIENCE = 20.0  # seconds for what ends by itself; only a leak is waited for so long
 
@@ -72,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"SHMCACHE_EXPECT={expected}, but shmcache is {mode} "
             f"({shmcache.__file__}): reinstall it with a C compiler at hand, "
-            "or set PYTHONPATH=tests/pure for the interpreted engine"
+            "or set SHMCACHE_ENGINE=interpreted for the interpreted engine"
         )
     if os.environ.get("SHMCACHE_TREE") != "1":
         for complaint in stale():
@@ -244,10 +243,9 @@ def make_cache(
 @pytest.fixture
 def interpreted_env() -> dict[str, str]:
     """The environment of a child that shall run the interpreted engine."""
-    inherited = os.environ.get("PYTHONPATH")
     return {
         **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(PURE), inherited))),
+        "SHMCACHE_ENGINE": "interpreted",
         "SHMCACHE_EXPECT": "interpreted",
     }
 

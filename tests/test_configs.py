@@ -516,18 +516,18 @@ def test_a_look_in_the_midst_of_a_write_is_not_the_last(
     configs = make_configs()
     cache = configs._configs
     configs.set("a", 1)
-    before = configs._moment(0)
+    before = configs._listeners.moment(0)
     assert before is not None
-    assert configs._moment(0) == before
-    assert configs._moment(1) != before
+    assert configs._listeners.moment(0) == before
+    assert configs._listeners.moment(1) != before
     words, at = cache._attachment.words, cache._words_of(0) + L.S_SEQ
     words[at] += 1  # as a writer does after it has taken the lock
     try:
-        assert configs._moment(0) is None
+        assert configs._listeners.moment(0) is None
     finally:
         words[at] -= 1
     configs.set("a", 2)
-    assert configs._moment(0) not in (None, before)
+    assert configs._listeners.moment(0) not in (None, before)
 
 
 # --- several workers ----------------------------------------------------------------

@@ -27,6 +27,7 @@ from peers import PATIENCE, Peer, names_of
 import shmcache
 from shmcache import Cause, HandleMap
 from shmcache._format import layout as L
+from shmcache._process.exit import leave_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -312,6 +313,22 @@ def test_handle_that_could_not_be_registered(
     assert (stats.handles_opened, stats.entries) == (1, 0)
 
 
+def test_handle_of_a_map_that_was_closed_meanwhile(
+    make_map: Callable[..., HandleMap], ledger: Ledger
+) -> None:
+    """What a factory made for a map that was closed in the meantime is closed, too."""
+    handles = make_map()
+
+    def make() -> str:
+        handles.close()
+        return "made"
+
+    with pytest.raises(shmcache.CacheClosed):
+        handles.get_or_create("k", make)
+    ledger.wait_for(1)
+    assert ledger.causes() == {"made": "CLOSED"}
+
+
 def test_another_kind_of_cache(make_map: Callable[..., HandleMap]) -> None:
     """A name is of a map or of a cache, and the error says which setting differs."""
     handles = make_map()
@@ -396,7 +413,7 @@ def test_close_in_a_callback(make_map: Callable[..., HandleMap]) -> None:
     handles = make_map(on_evict=close)
     handles["k"] = "h"
     handles.discard("k")
-    handles._callbacks.wait(PATIENCE)
+    handles._process.delivery.callbacks.wait(PATIENCE)
     assert results == [True]
 
 
@@ -518,27 +535,23 @@ def test_storm_of_threads(make_map: Callable[..., HandleMap], ledger: Ledger) ->
     assert Counter(closed) + Counter(popped) == Counter(opened)
 
 
-def test_ring_that_went_round(
+def test_mailbox_that_was_overwritten(
     make_map: Callable[..., HandleMap], ledger: Ledger
 ) -> None:
-    """An owner that missed more notices than a ring holds closes the same handles, each
-    once."""
+    """An owner that missed more messages than a mailbox holds closes the same handles,
+    each once."""
     handles = make_map(max_entries=2 * L.MAILBOX_SIZE)
     total = 3 * L.MAILBOX_SIZE
-    local = handles._mine()
-    with local.lock:  # nobody reads notices meanwhile
+    state = handles._state()
+    with state.lock:  # no thread reads messages meanwhile
         for n in range(total):
-            handles._register(local, n, n, None, ..., None, 0)
-        head = handles._registry._attachment.words[
-            handles._registry._words_of(0) + L.S_MAILBOX_HEAD
+            state.register(n, n)
+        head = handles.registry._attachment.words[
+            handles.registry._words_of(0) + L.S_MAILBOX_HEAD
         ]
-        assert head - local.read[0] >= L.MAILBOX_SIZE
-        handles._registry._discard(
-            local.handles[handles._shared(local, total - 1)].shared,
-            local.token,
-            0,
-            Cause.DELETED,
-        )
+        assert head - state.delivery.read[0] >= L.MAILBOX_SIZE
+        shared = state.shared_key(total - 1)
+        handles.registry.discard(shared, 0, Cause.DELETED)
     ledger.wait_for(L.MAILBOX_SIZE + 1)
     gone = sorted(handle for handle, *_ in ledger.closed)
     assert gone == [*range(L.MAILBOX_SIZE), total - 1]
@@ -546,47 +559,46 @@ def test_ring_that_went_round(
     assert sorted(handle for handle, *_ in ledger.closed) == list(range(total))
 
 
-def test_repair_may_have_lost_notices(
+def test_rebuilding_may_have_lost_messages(
     make_map: Callable[..., HandleMap], ledger: Ledger
 ) -> None:
-    """After a repair an owner compares, and closes what has gone without a notice."""
+    """After a shard was rebuilt, an owner compares, and closes handles that have gone
+    without a message."""
     handles = make_map()
     for n in range(10):
         handles[n] = n
-    registry = handles._registry
-    local = handles._mine()
-    with local.lock:
+    registry = handles.registry
+    state = handles._state()
+    with state.lock:
         at = registry._words_of(0) + L.S_MAILBOX_HEAD
         head = registry._attachment.words[at]
-        handles._registry._discard(
-            handles._shared(local, 3), local.token, 0, Cause.DELETED
-        )
-        # Its remover died before the notice was counted.
+        registry.discard(state.shared_key(3), 0, Cause.DELETED)
+        # The process that removed it died before it counted the message.
         registry._attachment.words[at] = head
-        registry._repair(0)
+        registry._rebuild_shard(0)
     ledger.wait_for(1)
     assert [handle for handle, *_ in ledger.closed] == [3]
     assert sorted(handles) == [n for n in range(10) if n != 3]
 
 
-def test_notices_of_others_mean_nothing(
+def test_messages_for_others_mean_nothing(
     make_map: Callable[..., HandleMap], ledger: Ledger
 ) -> None:
-    """A notice that is read twice, or is of another worker's handle of the same number,
-    closes nothing."""
+    """A message that is read twice, or is about another worker's handle of the same
+    number, closes nothing."""
     handles = make_map()
     handles["k"] = "h"
-    local = handles._mine()
-    number = next(iter(local.numbers))
+    state = handles._state()
+    number = next(iter(state.numbers))
     peer = HandleMap(handles.name, max_entries=100)
-    assert peer._registry._attachment is handles._registry._attachment
+    assert peer.registry._attachment is handles.registry._attachment
     handles.discard("k")
     handles["k"] = "next"
-    with local.lock:
-        local.read[0] = 0
-    handles._deliver(local)
+    with state.lock:
+        state.delivery.read[0] = 0
+    state.delivery.deliver()
     ledger.wait_for(1)
-    assert number not in local.numbers
+    assert number not in state.numbers
     assert ledger.causes() == {"h": "DELETED"}
     peer.close()
 
@@ -712,7 +724,7 @@ def test_handles_of_the_dead(make_map: Callable[..., HandleMap]) -> None:
     assert handles["k"] == "mine"
 
 
-def test_the_dead_are_buried_without_being_asked(
+def test_entries_of_the_dead_are_reaped_without_being_asked(
     make_map: Callable[..., HandleMap],
 ) -> None:
     """Within seconds the others notice by themselves that a worker has died."""
@@ -722,7 +734,7 @@ def test_the_dead_are_buried_without_being_asked(
     worker.do("set", "k", "its")
     worker.kill()
     deadline = time.monotonic() + PATIENCE
-    while handles._registry.stats().removed["OWNER_DIED"] < 1:
+    while handles.registry.stats().removed["OWNER_DIED"] < 1:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert [entry.pid for entry in handles.host()] == [os.getpid()]
@@ -752,7 +764,7 @@ def test_forked_child_closes_nothing_of_its_parent(
         assert not handles.discard(1)
         for n in range(4):  # evicts all of the parent's
             handles[n] = f"child {n}"
-        handles._deliver(handles._local)
+        handles._state().delivery.deliver()
         leased.__exit__(None, None, None)
         handles.close()
         link.send(
@@ -768,6 +780,38 @@ def test_forked_child_closes_nothing_of_its_parent(
     leased.__exit__(None, None, None)
     ledger.wait_for(4)
     assert {cause.name for _, _, cause, _ in ledger.closed} == {"CAPACITY"}
+
+
+@pytest.mark.parametrize("end", ["close", "exit", "lease"])
+def test_forked_child_that_uses_nothing_closes_nothing(
+    make_map: Callable[..., HandleMap], ledger: Ledger, end: str
+) -> None:
+    """A child that does not use the map, but closes it, ends, or leaves a lease that
+    its parent began, closes none of its parent's handles, and keeps their entries."""
+    handles = make_map(max_entries=2)
+    handles["k"] = "kept"
+    leased = handles.lease("leased", lambda: "leased")
+    leased.__enter__()
+    handles.discard("leased")
+
+    def child(link: Connection) -> None:
+        if end == "close":
+            assert handles.close()
+        elif end == "exit":
+            leave_all()
+        else:
+            leased.__exit__(None, None, None)
+            assert handles._process.delivery.callbacks.wait(PATIENCE)
+        link.send(len(ledger.closed))
+
+    peer = Peer(child)
+    assert peer.hear() == 0
+    peer.end()
+    assert handles["k"] == "kept"
+    assert handles.stats().closing == 1
+    leased.__exit__(None, None, None)
+    ledger.wait_for(1)
+    assert ledger.causes() == {"leased": "DELETED"}
 
 
 def test_end_of_a_process_closes_its_handles(name: str) -> None:

@@ -1,6 +1,6 @@
-"""The other half of "both modes": the same tests, once more, without the .so files.
+"""The same tests once more, on the interpreted engine.
 
-Each test module is run in a pytest of its own, with ``tests/pure`` in PYTHONPATH.
+Each test module is run in a pytest of its own, with SHMCACHE_ENGINE=interpreted.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from servers import APPS, Kind, Server, UnixConnection
 import shmcache
 from shmcache import Cache, EntryTooLarge, HandleMap
 from shmcache._format import layout as L
+from shmcache._process.rows import retire
 from shmcache.prometheus import CacheCollector
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def test_handles_by_state(name: str) -> None:
         assert inside.wait(60)
         assert states() == {"registered": 2, "closing": 1}
         go_on.set()
-        assert handles._callbacks.wait(60)
+        assert handles._process.delivery.callbacks.wait(60)
         assert states() == {"registered": 2, "closing": 0}
         found = scrape(handles)
         assert one(found, "shmcache_handles_opened_total") == 3
@@ -492,7 +493,7 @@ def test_death_between_folding_and_clearing(
 
     cache._attachment.words = Dying(words.words)  # type: ignore[assignment]
     with pytest.raises(Killed):
-        cache._attachment._fold(5)
+        retire(cache._attachment.words, 5)
     cache._attachment.words = words  # type: ignore[assignment]
     assert words[row + L.R_TOKEN] == folded
     assert one(scrape(cache), "shmcache_hits_total") == 1 + 2000

@@ -1,9 +1,10 @@
 """What crash safety costs on the hot path, in instructions.
 
-Builds the tree twice, as it is and with ``-DSHMCACHE_UNPROTECTED`` (values without a
-checksum, the holder written without compare-and-swap), runs each operation under
-``valgrind --tool=callgrind`` with two numbers of repetitions, and prints the difference
-an operation: counts that repeat within a percent on any machine, however busy it is.
+The script builds the tree twice: as it is, and with ``-DSHMCACHE_UNPROTECTED`` (values
+have no checksum, and the holder is written without compare-and-swap).  It runs each
+operation under ``valgrind --tool=callgrind`` with two numbers of repetitions, and
+prints the difference for one operation.  These counts repeat within a percent on any
+machine, however busy it is.
 
     python tools/protection_cost.py        # needs valgrind and a C compiler
 """
@@ -47,7 +48,7 @@ with Cache(f"cost-{os.getpid()}", max_entries=10_000) as cache:
 
 
 def build(into: Path, flags: str) -> None:
-    """Install the tree into a folder, compiled with extra flags."""
+    """Install the tree into a folder, compiled with extra flags for the C compiler."""
     environment = {**os.environ, "CFLAGS": flags}
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run(
@@ -58,7 +59,7 @@ def build(into: Path, flags: str) -> None:
 
 
 def instructions(package: Path, operation: str, repetitions: int) -> int:
-    """Instructions of a whole run."""
+    """How many instructions a whole run takes."""
     path = os.pathsep.join([str(package), *filter(None, sys.path[1:])])
     done = subprocess.run(
         [
@@ -77,7 +78,7 @@ def instructions(package: Path, operation: str, repetitions: int) -> int:
 
 
 def main() -> int:
-    """Print the table; 1 if an operation costs more than the target."""
+    """Print the table; returns 1 if an operation costs more than the target."""
     with tempfile.TemporaryDirectory() as scratch:
         protected, bare = Path(scratch, "protected"), Path(scratch, "bare")
         build(protected, "")

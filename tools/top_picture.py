@@ -1,6 +1,6 @@
-"""A picture of ``shmcache top``, for the documents.
+"""A picture of ``shmcache top`` for the documentation.
 
-Runs the command as a terminal of 100 columns would, and draws what it prints:
+The script runs the command as in a terminal of 90 columns, and draws its output:
 
     python tools/top_picture.py NAME docs/top.svg
 """
@@ -20,7 +20,7 @@ COLUMNS, LINES = 90, 40
 
 
 def printed(name: str) -> str:
-    """What ``shmcache top NAME --once`` prints, colours included."""
+    """What ``shmcache top NAME --once`` prints, with its colours."""
     size = {"COLUMNS": str(COLUMNS), "LINES": str(LINES), "FORCE_COLOR": "1"}
     return subprocess.run(
         [sys.executable, "-m", "shmcache", "top", name, "--once", "--interval", "3"],
@@ -32,7 +32,7 @@ def printed(name: str) -> str:
 
 
 def picture(text: str) -> str:
-    """An SVG that loads nothing from elsewhere."""
+    """An SVG of a text, which loads nothing from elsewhere."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text.from_ansi(text))
     drawn = console.export_svg(title="shmcache top")
@@ -40,7 +40,7 @@ def picture(text: str) -> str:
 
 
 def main(name: str, path: str) -> None:
-    """Draw it."""
+    """Draw the view of a cache into a file."""
     drawn = picture(printed(name))
     with open(path, "w", encoding="utf-8") as file:
         file.write(drawn)

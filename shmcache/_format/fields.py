@@ -6,9 +6,11 @@ includes this file, so there they are inlined C functions; everybody else import
 runs it as Python.
 """
 
-try:
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
     import cython
-except ImportError:
+else:
     from shmcache._format import shim as cython
 
 # --- meta: key length | key kind << 16 | value tag << 20 | flags << 24 ------------

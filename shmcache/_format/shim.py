@@ -1,7 +1,9 @@
 """Stand-in for the ``cython`` module where Cython is not installed.
 
-Only what this package uses.  Annotations are never evaluated (PEP 563), so a
-type is needed here only where it is called or passed.
+The data path is Python in Cython's pure mode: ordinary Python whose decorators, types
+and casts tell Cython what to compile to C.  Interpreted, they only have to exist and to
+change nothing.  This module has those that the package uses, so that Cython is needed
+to build the package and not to run it.
 """
 
 from __future__ import annotations
@@ -14,11 +16,25 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+
+class CType:
+    """A C type: a name for annotations and casts, and ``kind[::1]`` for a view of it.
+
+    The compiled files cannot postpone the evaluation of their annotations, so such
+    expressions are evaluated when a module is imported.
+    """
+
+    def __getitem__(self, _index: slice) -> CType:
+        return self
+
+
 compiled = False
 nogil = nullcontext()
+NULL = None
 
-Py_ssize_t = ulonglong = uint = uchar = bint = int
-int = uint  # cython.int
+Py_ssize_t = longlong = ulonglong = uint = uchar = bint = double = CType()
+p_double = p_longlong = p_ulonglong = p_void = CType()
+int = CType()  # cython.int
 
 
 def cclass(thing: _T) -> _T:
@@ -26,7 +42,7 @@ def cclass(thing: _T) -> _T:
     return thing
 
 
-cfunc = ccall = inline = cclass
+cfunc = ccall = final = inline = cclass
 
 
 def exceptval(*_args: Any, **_kwargs: Any) -> Callable[[_T], _T]:
@@ -35,15 +51,15 @@ def exceptval(*_args: Any, **_kwargs: Any) -> Callable[[_T], _T]:
 
 
 def declare(_type: Any = None, value: Any = None, **_kwargs: Any) -> Any:
-    """The value that a typed variable starts with."""
+    """Return the value that a typed variable starts with."""
     return value
 
 
 def typedef(kind: _T) -> _T:
-    """Another name for a type."""
+    """Return the type itself, under another name."""
     return kind
 
 
 def cast(_type: Any, value: _T, **_kwargs: Any) -> _T:
-    """The value itself: a Python int has every width."""
+    """Return the value itself, because a Python int has every width."""
     return value

@@ -1,11 +1,14 @@
 """What there is to measure of a cache or handle map: one table for all exporters.
 
-Problem: Prometheus, OpenTelemetry and the log shall tell the same quantities, under
-names that each of them would choose, from counts that the whole host shares.
+Problem: Prometheus, OpenTelemetry and the log report the same quantities of the whole
+host, each under the names that its own conventions ask for.
 
-Mechanism: a ``Reading`` is taken of a cache at one moment; a ``Measure`` says under
-which names a number of it goes, and how to get it.  A reading costs O(shards +
-workers) and takes no lock, whatever lives in the cache and whoever has died.
+Mechanism: a ``Reading`` holds what one cache said when it was asked.  Each ``Measure``
+of the table knows the names of one quantity, and how to get it from a reading.  A
+reading costs O(shards + workers) and takes no lock, so neither the number of entries
+nor a dead lock holder can delay it.
+
+Death in the middle: a reading changes nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 from shmcache._format import layout as L
+from shmcache._version import __version__
 from shmcache.cache import Cache
 
 if TYPE_CHECKING:
@@ -36,17 +40,22 @@ class Reading:
 
     name: str
     stats: Stats
-    handles: bool  # whether it is a map of handles
-    open_handles: int  # of living workers: registered, or not closed yet
-    leases: int  # on them, in force
+    handles: bool  # whether the cache is a map of handles
+    open_handles: int  # handles that living workers have not closed yet
+    leases: int  # leases in force on these handles
     facts: dict[str, str]  # what does not change: version, codec, geometry
 
     @classmethod
     def of(cls, registry: Cache) -> Reading:
-        from shmcache import __version__
+        """Read a cache.
 
+        Raises:
+            CacheClosed: The cache was closed in this process.
+            ShmCacheError: The segment cannot be read.
+        """
         stats = registry.stats()
-        settings = registry._settings
+        internals = registry.internals
+        settings = internals.settings
         geometry = settings.geometry
         facts = {
             "version": __version__,
@@ -62,30 +71,30 @@ class Reading:
             "persist": str(settings.persist).lower(),
         }
         handles = settings.codec == L.HANDLES
-        held = registry._attachment.held() if handles else (0, 0)
+        held = internals.attachment.held() if handles else (0, 0)
         return cls(registry.name, stats, handles, *held, facts)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A quantity: its names, and what it is of a reading.
+    """One quantity: its names, and how to get it from a reading."""
 
-    ``read`` returns a number, or one for each value of the label.
-    """
-
-    name: str  # to Prometheus, after the prefix and before _total
-    # To OpenTelemetry, after "shmcache."; "": the sum of another's attributes tells it.
+    # The name for Prometheus, after the prefix and before "_total".
+    name: str
+    # The name for OpenTelemetry, after "shmcache."; empty if the quantity is a sum over
+    # the attributes of another one, so that it is not reported twice.
     otel: str
     kind: Literal["counter", "gauge"]
-    unit: str  # in UCUM, as OpenTelemetry wants it
-    text: str
+    unit: str  # in UCUM, as OpenTelemetry requires it
+    text: str  # the help text
+    # Returns one number, or a number for each value of the label.
     read: Callable[[Reading], float | dict[str, float]]
     label: str = ""
-    of_handles: bool = False  # tells something of handle maps only
-    additive: bool = True  # sums over caches make sense
+    of_handles: bool = False  # only maps of handles have this quantity
+    additive: bool = True  # a sum over several caches makes sense
 
     def values(self, reading: Reading) -> Iterator[tuple[str, float]]:
-        """Each value of the label, "" without one, and its number."""
+        """Each value of the label with its number; the value is "" without a label."""
         if self.of_handles and not reading.handles:
             return
         found = self.read(reading)
@@ -97,17 +106,23 @@ class Measure:
 
 @dataclass(frozen=True)
 class Histogram:
-    """A distribution of seconds, as the segment keeps it."""
+    """A distribution of durations, as the segment keeps it."""
 
-    name: str
-    otel: str
-    unit: str  # of what is counted
-    text: str
-    bounds: tuple[float, ...]
-    read: Callable[[Stats], tuple[tuple[int, ...], float]]  # bucket counts, sum
+    name: str  # for Prometheus, after the prefix
+    otel: str  # for OpenTelemetry, after "shmcache."
+    unit: str  # of what is counted, in UCUM
+    text: str  # the help text
+    bounds: tuple[float, ...]  # upper bounds of the buckets, in seconds
+    # Returns the count of each bucket, and the sum of all durations in seconds.
+    read: Callable[[Stats], tuple[tuple[int, ...], float]]
 
     def cumulative(self, stats: Stats) -> tuple[list[tuple[str, int]], float]:
-        """Upper bound and how many were not above it, up to +Inf; and the sum."""
+        """The distribution as Prometheus wants it.
+
+        Returns:
+            For each upper bound, up to "+Inf", how many durations were not above it;
+            and the sum of all durations in seconds.
+        """
         counts, total = self.read(stats)
         bounds = [*(f"{bound!r}" for bound in self.bounds), "+Inf"]
         return list(zip(bounds, accumulate(counts), strict=True)), total
@@ -125,7 +140,8 @@ def _handle_states(reading: Reading) -> dict[str, float]:
     registered = reading.stats.entries
     return {
         "registered": registered,
-        # Gone from the map; the owner's callback, or a lease, has not ended yet.
+        # These have left the map, but their owner has not closed them yet: a callback
+        # or a lease has not ended.
         "closing": max(0, reading.open_handles - registered),
     }
 
@@ -133,12 +149,12 @@ def _handle_states(reading: Reading) -> dict[str, float]:
 MEASURES = (
     Measure(
         *("entries", "entries", "gauge", "{entry}"),
-        "Entries in the cache, those expired but not yet removed included.",
+        "Entries in the cache, including those expired but not yet removed.",
         lambda r: r.stats.entries,
     ),
     Measure(
         *("max_entries", "entry_limit", "gauge", "{entry}"),
-        "Most entries that the cache may hold; 0 if only bytes bound it.",
+        "How many entries the cache may hold at most; 0 if only bytes bound it.",
         lambda r: r.stats.max_entries,
     ),
     Measure(
@@ -148,7 +164,7 @@ MEASURES = (
     ),
     Measure(
         *("misses", "misses", "counter", "{miss}"),
-        "Lookups that found none.",
+        "Lookups that found no live entry.",
         lambda r: r.stats.misses,
     ),
     Measure(
@@ -158,18 +174,18 @@ MEASURES = (
     ),
     Measure(
         *("evictions", "evictions", "counter", "{entry}"),
-        "Entries that the cache gave up by itself: expired, or for want of room.",
+        "Entries that the cache removed by itself: expired, or to make room.",
         lambda r: _by_cause(r, evicted=True),
         label="cause",
     ),
     Measure(
         *("ttl_evictions", "", "counter", "{entry}"),
-        "Entries removed because their time was over.",
+        "Entries removed because they had expired.",
         lambda r: r.stats.expired,
     ),
     Measure(
         *("lru_evictions", "", "counter", "{entry}"),
-        "Least recently used entries removed for want of room.",
+        "Least recently used entries removed to make room.",
         lambda r: r.stats.evicted,
     ),
     Measure(
@@ -179,7 +195,7 @@ MEASURES = (
     ),
     Measure(
         *("removals", "removals", "counter", "{entry}"),
-        "Entries removed at a caller's wish, or because their owner died or closed.",
+        "Entries removed by a caller, or because their owner died or closed them.",
         lambda r: _by_cause(r, evicted=False),
         label="cause",
     ),
@@ -190,17 +206,17 @@ MEASURES = (
     ),
     Measure(
         *("used_bytes", "memory.used", "gauge", "By"),
-        "Room that keys and values take up, in whole blocks.",
+        "Memory that keys and values take up, in whole blocks.",
         lambda r: r.stats.bytes_used,
     ),
     Measure(
         *("capacity_bytes", "memory.capacity", "gauge", "By"),
-        "Room for keys and values.",
+        "Memory for keys and values.",
         lambda r: r.stats.bytes_capacity,
     ),
     Measure(
         *("segment_bytes", "memory.segment", "gauge", "By"),
-        "Shared memory reserved for the cache, bookkeeping included.",
+        "Shared memory reserved for the cache, including its bookkeeping.",
         lambda r: r.stats.segment_bytes,
     ),
     Measure(
@@ -210,33 +226,33 @@ MEASURES = (
     ),
     Measure(
         *("lock_timeouts", "lock.timeouts", "counter", "{timeout}"),
-        "Waits for a shard's lock that were given up.",
+        "Waits for a shard's lock that timed out.",
         lambda r: r.stats.lock_timeouts,
     ),
     Measure(
         *("recoveries", "recoveries", "counter", "{recovery}"),
-        "Shards taken over from dead processes, or repaired.",
+        "Shards taken over from dead processes, or rebuilt because of damage.",
         lambda r: r.stats.recoveries,
     ),
     Measure(
         *("dropped_entries", "recovery.drops", "counter", "{entry}"),
-        "Entries that repairs had to give up.",
+        "Entries dropped when shards were rebuilt.",
         lambda r: r.stats.dropped,
     ),
     Measure(
         *("workers", "workers", "gauge", "{process}"),
-        "Living processes that are attached.",
+        "Living processes that are attached to the cache.",
         lambda r: r.stats.workers,
     ),
     Measure(
         *("age_seconds", "age", "gauge", "s"),
-        "Time since the segment was created; counters begin there.",
+        "Time since the segment was created, when all counters were 0.",
         lambda r: r.stats.age,
         additive=False,
     ),
     Measure(
         *("handles", "handles", "gauge", "{handle}"),
-        "Handles of the host's living workers, by state.",
+        "Handles of the living workers of this host, by state.",
         _handle_states,
         label="state",
         of_handles=True,
@@ -255,7 +271,7 @@ MEASURES = (
     ),
     Measure(
         *("handles_closed", "handle.closes", "counter", "{handle}"),
-        "Handles closed by their owners; those of the dead are never closed.",
+        "Handles closed by their owners; handles of dead owners are never closed.",
         lambda r: r.stats.handles_closed,
         of_handles=True,
     ),
@@ -282,7 +298,7 @@ HISTOGRAMS = (
     ),
     Histogram(
         *("lock_wait_seconds", "lock.wait", "{wait}"),
-        "How long processes waited for a shard's lock that was taken.",
+        "How long processes waited for a shard's lock that another one held.",
         L.LOCK_BOUNDS,
         lambda s: (s.lock_wait_buckets, s.lock_wait_seconds),
     ),
@@ -294,16 +310,23 @@ HISTOGRAMS = (
     ),
 )
 
-FACTS_TEXT = "Version of the package, and how the cache was made."
+FACTS_TEXT = "Version of the package, and settings of the cache."
 
 
 def registries(caches: tuple[Measured, ...], what: str) -> dict[str, Cache]:
-    """The caches by name, handle maps by the shared part; TypeError, ValueError.
+    """The caches behind what a user wants to have measured, by name.
 
-    A ready-made map stands for its parts.
+    Args:
+        caches: Caches and handle maps.  A ready-made map stands for its parts, and a
+            handle map for the cache that keeps its entries.
+        what: The function that was called, for error messages.
+
+    Raises:
+        TypeError: Nothing was given, or something that cannot be measured.
+        ValueError: Two objects of the same cache were given.
     """
     if not caches:
-        raise TypeError(f"{what} needs a Cache or HandleMap at least: pass it one")
+        raise TypeError(f"{what} needs at least one Cache or HandleMap: pass it one")
     found: dict[str, Cache] = {}
     parts = [
         part
@@ -311,7 +334,7 @@ def registries(caches: tuple[Measured, ...], what: str) -> dict[str, Cache]:
         for part in (each.parts().values() if hasattr(each, "parts") else (each,))
     ]
     for part in parts:
-        registry: Any = getattr(part, "_registry", part)
+        registry: Any = _cache_of(part)
         if not isinstance(registry, Cache):
             raise TypeError(
                 f"{what} takes Cache and HandleMap objects, and the ready-made maps,"
@@ -325,21 +348,36 @@ def registries(caches: tuple[Measured, ...], what: str) -> dict[str, Cache]:
     return found
 
 
+def _cache_of(part: Cache | HandleMap) -> Any:
+    # The cache that keeps the entries of a handle map; any other object is itself.
+    return getattr(part, "_registry", part)
+
+
 class Reader:
-    """Readings of several caches, of which none can spoil the others'."""
+    """Readings of several caches; one that fails does not affect the others.
+
+    Args:
+        caches: The caches by name.
+        purpose: Who reads, as the subject of the sentence that is logged on a failure.
+    """
 
     def __init__(self, caches: dict[str, Cache], purpose: str) -> None:
         self.caches = caches
         self._purpose = purpose
-        self._failed: set[str] = set()  # and was said to have
+        self._failed: set[str] = set()  # caches whose failure was logged already
 
     def read(self, name: str) -> Reading | None:
-        """The state of a cache; None, said once in the log, if it cannot be read."""
+        """Read a cache.
+
+        Returns:
+            Its state; None if the cache is closed or cannot be read.  That is logged
+            once, until the cache can be read again.
+        """
         cache = self.caches[name]
         try:
-            # Not what stats() would do: a cache that was closed stays closed.
+            # A closed cache is not asked, because stats() would raise.
             reading = None if cache.closed else Reading.of(cache)
-        except Exception as error:  # noqa: BLE001 - the other caches' are wanted, too
+        except Exception as error:  # noqa: BLE001 - the other caches are still read
             self._say(name, f"it cannot be read: {error}")
             return None
         if reading is None:

@@ -11,30 +11,37 @@ from shmcache.errors import CacheClosed, ShmCacheError
 
 
 def report() -> dict[str, dict[str, Any]]:
-    """Component -> statistics, of all open ready-made maps of this process.
+    """The statistics of all open ready-made maps of this process.
 
-    Plain dicts, lists, texts and numbers: ``json.dumps`` takes it, and a service can
-    log it once a minute.  A component whose settings do not enable metrics is left
-    out.  Costs what the ``stats()`` of all parts cost: about a quarter ms each.
+    A map whose settings do not enable metrics is left out.  The report costs what the
+    ``stats()`` of all parts cost: about 0.25 ms for each part, so that a service can
+    log it once a minute.
+
+    Returns:
+        For each map, under its name, its ``kind`` (the class), the ``pid`` of this
+        process, and the fields of its ``stats()``; or ``error`` if it cannot be read.
+        A second map of the same name is called ``NAME#2``.  It has only dicts, lists,
+        strings and numbers in it, so ``json.dumps`` accepts it.
     """
     result: dict[str, dict[str, Any]] = {}
     for component in components():
         try:
             counts = _plain(asdict(component.stats()))
         except CacheClosed:
-            continue  # by another thread, just now
+            continue  # another thread has just closed it
         except ShmCacheError as error:
             counts = {"error": str(error)}
-        name, n = component.name, 1
+        name, number = component.name, 1
         while name in result:
-            n += 1
-            name = f"{component.name}#{n}"
+            number += 1
+            name = f"{component.name}#{number}"
         head = {"kind": type(component).__name__, "pid": os.getpid()}
         result[name] = {**head, **counts}
     return result
 
 
 def _plain(value: Any) -> Any:
+    # JSON has neither tuples nor keys that are not strings.
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

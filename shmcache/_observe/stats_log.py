@@ -1,14 +1,19 @@
-"""Statistics in the log, from time to time, by one process of the host.
+"""``log_stats()``: statistics in the log, by one process of the host.
 
-Problem: all workers would log the same numbers, as the counts are the host's.
+Problem: the counts are those of the whole host, so if every worker logged them, each
+line would stand in the log once for each worker.
 
-Mechanism: whoever holds the kernel lock on a byte of the cache's lease file logs (see
-_workers.py); when it dies the next one does.  Each process that asked has a daemon
-thread for it, which is not the sweeper's: a slow log handler must not keep the sweeper
-from its work.
+Mechanism: the process that is elected logs the cache: it holds the kernel lock on one
+byte of the lock file (see _process/election.py).  The others ask for it each time.
+Each process that called ``log_stats()`` has a daemon thread for it.  That is not the
+sweeper's thread, because a slow log handler must not delay the sweeper.
 
-Fork: a child has no such thread and need not, as its parent goes on; and it is not
-born while the thread is inside a log handler, whose lock it would find taken.
+Death in the middle: the kernel drops the lock of a dead process, and the next process
+that asks gets it.
+
+Fork: a child has no such thread, and needs none, as its parent goes on.  A fork waits
+until the thread is outside of the log handlers; otherwise the child would inherit a
+handler's lock that nobody unlocks there.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
 from shmcache._observe.measures import Reader, Reading, registries
-from shmcache._process import attachment as _workers
+from shmcache._process.election import Office, elected, resign
 from shmcache._process.uwsgi import threads_run
 
 if TYPE_CHECKING:
@@ -32,18 +37,32 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shmcache")
 
-# A handler that hangs must not keep a process from forking for ever.
+# Seconds for which a fork waits for a log handler.  A handler that hangs must not
+# keep the process from forking for ever.
 FORK_PATIENCE = 5.0
 
 
 def log_stats(
     interval: float, *caches: Measured, level: int = logging.INFO
 ) -> StatsLog:
-    """Log the statistics of caches and maps every so many seconds, to "shmcache".
+    """Log the statistics of caches and maps periodically, to the logger "shmcache".
 
-    Of all processes that ask for it, one logs each cache; another takes over when it
-    ends.  The record's ``stats`` are the fields of ``Stats``, and ``recent`` is what
-    was counted since the last one.  ``stop()`` of what is returned ends it.
+    Call it in every worker.  One of the processes that called it logs each cache, and
+    another one takes over when that process ends.  The record has ``stats``, the fields
+    of ``Stats``, and ``recent``, what was counted since the record before.
+
+    Args:
+        interval: Seconds between two records of a cache.
+        *caches: Caches, handle maps and ready-made maps.
+        level: The level of the records.
+
+    Returns:
+        An object whose ``stop()`` ends the logging in this process.
+
+    Raises:
+        TypeError: An argument is of the wrong type, or no cache was given.
+        ValueError: ``interval`` is not a finite number over 0, or two objects of the
+            same cache were given.
     """
     number = isinstance(interval, (int, float)) and not isinstance(interval, bool)
     if not number or not 0 < interval < math.inf:
@@ -56,7 +75,13 @@ def log_stats(
 
 
 class StatsLog:
-    """Periodic statistics of some caches, until ``stop()`` or the process's end."""
+    """Periodic statistics of some caches, until ``stop()`` or the process's end.
+
+    Args:
+        interval: Seconds between two records of a cache.
+        caches: The caches by name.
+        level: The level of the records.
+    """
 
     def __init__(self, interval: float, caches: dict[str, Cache], level: int) -> None:
         self.interval = interval
@@ -77,17 +102,26 @@ class StatsLog:
                 extra={"cache": ", ".join(caches), "event": "no statistics"},
             )
 
+    @property
+    def caches(self) -> dict[str, Cache]:
+        """The caches by name."""
+        return self._reader.caches
+
     def stop(self) -> None:
-        """Log no more; another process may go on.  Twice is fine."""
+        """Stop logging in this process; another one may take over.
+
+        Calling it twice is fine.
+        """
         self._stop.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
         if self in _running:
             _running.discard(self)
-            for name, cache in self._reader.caches.items():
-                others = (other._reader.caches for other in list(_running))
-                if not cache.closed and not any(name in each for each in others):
-                    _workers.resign(cache._attachment, _workers.LOGGER)
+            # Another StatsLog of this process that logs the same cache keeps the lock.
+            still = {name for other in list(_running) for name in other.caches}
+            for name, cache in self.caches.items():
+                if not cache.closed and name not in still:
+                    resign(cache.internals.attachment, Office.LOGGER)
 
     def __enter__(self) -> Self:
         return self
@@ -96,7 +130,7 @@ class StatsLog:
         self.stop()
 
     def _run(self) -> None:
-        caches = self._reader.caches.values()
+        caches = self.caches.values()
         while not self._stop.wait(self.interval):
             if all(cache.closed for cache in caches):
                 return
@@ -104,13 +138,13 @@ class StatsLog:
                 self.write()
 
     def write(self) -> None:
-        """Log now, what this process is elected for."""
+        """Log now each cache for which this process is elected."""
         if not log.isEnabledFor(self.level):
             return
-        for name, cache in self._reader.caches.items():
+        for name, cache in self.caches.items():
             if cache.closed:
                 continue
-            if _workers.elected(cache._attachment, _workers.LOGGER):
+            if elected(cache.internals.attachment, Office.LOGGER):
                 reading = self._reader.read(name)
                 if reading is not None:
                     self._write(reading)
@@ -151,12 +185,13 @@ class StatsLog:
 
 
 _running: weakref.WeakSet[StatsLog] = weakref.WeakSet()
-_writing = threading.RLock()  # a handler may fork
+# Held while records are written.  It is reentrant because a log handler may fork.
+_writing = threading.RLock()
 _held = False
 
 
 def _before_fork() -> None:
-    global _held  # noqa: PLW0603 - one lock a process
+    global _held  # noqa: PLW0603 - there is one lock in a process
     _held = bool(_running) and _writing.acquire(timeout=FORK_PATIENCE)
 
 

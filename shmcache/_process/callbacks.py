@@ -1,8 +1,15 @@
-"""What users have asked to be called for, run in a few threads of its own.
+"""User callbacks, run in a small pool of threads.
 
-Nobody's lock is held there, so a callback may use what it is called by; a slow one
-delays the others once all threads are busy, and nothing else.  Threads end when the
-queue is empty: a service that is told of little has none.
+Problem: a callback of the user may take long, may raise, and may call the cache or map
+that it belongs to; so it must run neither under a lock nor in a thread that has other
+work.
+
+Mechanism: jobs wait in a queue, and a few threads run them.  A slow callback delays
+others only when all threads are busy.  A thread ends when the queue is empty, so a
+process that gets few callbacks has no idle thread.
+
+Death in the middle: the jobs of a process end with it.  So do the objects that they
+are about, because handles never leave their process.
 """
 
 from __future__ import annotations
@@ -18,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class Job(Protocol):
-    """Something to run; queued twice it is run once, by who finds it not taken."""
+    """Something to run once, although it may be queued twice.
+
+    Attributes:
+        taken: Whether a thread has begun to run it; set under the queue's lock.
+    """
 
     taken: bool
 
@@ -27,7 +38,12 @@ J = TypeVar("J", bound=Job)
 
 
 class Callbacks(Generic[J]):
-    """Runs callbacks in a few threads, which live as long as there is work."""
+    """A queue of jobs, and the threads that live as long as there are jobs.
+
+    Args:
+        run: Runs a job; it handles what the user's callback raises.
+        threads: How many threads at most.
+    """
 
     def __init__(self, run: Callable[[J], None], threads: int) -> None:
         self._run = run
@@ -35,19 +51,19 @@ class Callbacks(Generic[J]):
         self._queue: deque[J] = deque()
         self._condition = threading.Condition()
         self._running = 0
-        self._inside: set[int] = set()  # the threads that run them
+        self._inside: set[int] = set()  # the threads that run a job just now
 
     @property
     def pending(self) -> int:
-        """How many wait or run."""
+        """How many jobs wait or run."""
         return len(self._queue) + self._running
 
     def add(self, job: J) -> None:
-        """Queue a job; ``start`` must follow, when no lock is held."""
+        """Queue a job; ``start`` must follow as soon as the caller holds no lock."""
         self._queue.append(job)
 
     def start(self) -> None:
-        """See to it that what is queued will run: here, if no thread can be had."""
+        """Have a thread run what is queued; the calling one, if none can be started."""
         with self._condition:
             if not self._queue or self._running >= self._threads:
                 return
@@ -76,7 +92,9 @@ class Callbacks(Generic[J]):
                 self._inside.add(threading.get_ident())
             try:
                 self._run(job)
-            except BaseException:  # a signal handler's, where no thread can be had
+            except BaseException:
+                # What a signal handler raised in the main thread, where ``start`` had
+                # to run the jobs itself.
                 with self._condition:
                     self._running -= 1
                     self._condition.notify_all()
@@ -85,7 +103,16 @@ class Callbacks(Generic[J]):
                 self._inside.discard(threading.get_ident())
 
     def wait(self, timeout: float) -> bool:
-        """Wait until all are done, but the caller if it is one; whether they are."""
+        """Wait until all jobs are done.
+
+        A callback may call this, too: then its own job is not waited for.
+
+        Args:
+            timeout: Seconds to wait.
+
+        Returns:
+            Whether all jobs are done.
+        """
         mine = threading.get_ident() in self._inside
         with self._condition:
             return self._condition.wait_for(

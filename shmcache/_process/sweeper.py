@@ -1,14 +1,21 @@
-"""The local sweep: one daemon thread in each process that uses caches.
+"""The sweeper: one daemon thread in each process that uses caches.
 
-It removes what has expired, in short holds of one lock, applies this process's
-noted hits, frees the rows of dead workers, and looks for notices to the owners of
-handles.  It starts with the first operation
-in a process, never at import or construction, so that a server may load its
+Problem: expired entries must go although nobody asks for them, hits of this process
+must be applied although it writes nothing, rows of dead workers must be freed, and the
+owners of evicted handles must be told; all of that without delaying a caller.
+
+Mechanism: a thread looks after all caches and maps of the process, each at its own
+interval, and does a bounded piece of work at a time.  It starts with the first
+operation in a process, never at import or construction, so that a server can load its
 application and fork before there is a thread.  Around ``os.fork`` it is stopped and
-started again: a child must not be born while it holds something.
+started again, because a child that is forked while the thread holds a lock would find
+that lock taken for ever.
 
-Where threads do not run (uWSGI without --enable-threads) sweeping rides on inserts,
-which always pay for a few expired entries, and on ``len()`` and ``sweep()``.
+Where threads do not run (uWSGI without --enable-threads), inserts sweep, as each of
+them removes a few expired entries anyway, and so do ``len()`` and ``sweep()``.
+
+Death in the middle: the work is made of ordinary operations of the cache, each of which
+may be cut short by a death; the sweepers of other processes do the rest.
 """
 
 from __future__ import annotations
@@ -20,58 +27,76 @@ import sys
 import threading
 import time
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from shmcache._process.uwsgi import threads_run
 from shmcache.errors import CacheClosed, LockTimeout
 
 log = logging.getLogger("shmcache")
 
-# A run takes at most this long before it lets others have their turn.
+# Seconds for which one cache may be looked after before it is the next one's turn.
 STEP_BUDGET = 0.05
-# After a failure, seconds until the next try.
+# Seconds from a failure to the next attempt.
 RETRY = 1.0
 
 
 class Tended(Protocol):
-    """What the sweeper looks after."""
+    """What the sweeper looks after: a cache or a map."""
 
     name: str
 
     @property
     def closed(self) -> bool:
-        """Whether it is to be looked after no more."""
+        """Whether the sweeper has nothing more to do for it."""
 
-    def _tend(self, budget: float) -> float:
-        """Do what is due, for about so many seconds; in how many to come again."""
+
+_T = TypeVar("_T", bound=Tended)
+# Does what is due for a cache or map.  It gets the seconds that it may take, about, and
+# returns the seconds until it wants to be called again.
+Tend = Callable[[_T, float], float]
+
+
+class _Turn(NamedTuple):
+    """When a cache or map is to be looked after, and how."""
+
+    due: float
+    tend: Callable[[Any, float], float]
 
 
 class Sweeper:
-    """The thread of one process, and the caches and maps it looks after."""
+    """The thread of one process, and the caches and maps that it looks after."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self._due: weakref.WeakKeyDictionary[Tended, float] = (
+        self._turns: weakref.WeakKeyDictionary[Tended, _Turn] = (
             weakref.WeakKeyDictionary()
         )
         self._wake = threading.Event()
-        self._lock = threading.RLock()  # signal handlers may use caches, too
+        # Reentrant, because a signal handler may interrupt us and use a cache.
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stop = False
 
-    def watch(self, tended: Tended, delay: float) -> None:
-        """Look after something, for the first time in so many seconds."""
+    def watch(self, tended: _T, tend: Tend[_T], delay: float) -> None:
+        """Look after a cache or map, for the first time in ``delay`` seconds.
+
+        Args:
+            tended: The cache or map; the sweeper does not keep it alive.
+            tend: A function, no bound method, which would keep it alive.
+            delay: Seconds.
+        """
         if not threads_run():
             return
         with self._lock:
-            self._due[tended] = time.monotonic() + delay
+            self._turns[tended] = _Turn(time.monotonic() + delay, tend)
             self._start()
         self._wake.set()
 
     def forget(self, tended: Tended) -> None:
-        """Look after something no more; with the last one the thread ends."""
+        """Stop looking after a cache or map; after the last one the thread ends."""
         with self._lock:
-            self._due.pop(tended, None)
+            self._turns.pop(tended, None)
         self._wake.set()
 
     def _start(self) -> None:
@@ -84,9 +109,9 @@ class Sweeper:
         try:
             thread.start()
         except RuntimeError as error:
-            # No more threads for this user, or none any more at the end of a process.
+            # The user's limit of threads is reached, or the process is about to end.
             log.info(
-                "no sweeper, inserts sweep as they go: %s",
+                "no sweeper thread, so only inserts remove expired entries: %s",
                 error,
                 extra={"event": "no sweeper"},
             )
@@ -107,44 +132,47 @@ class Sweeper:
     def resume(self) -> None:
         """Start the thread again if there is something to look after."""
         with self._lock:
-            if len(self._due):
+            if len(self._turns):
                 self._start()
 
     def _run(self) -> None:
         while True:
             self._wake.clear()
-            if self._stop:  # after the bell was cleared, or its ring would be lost
+            # Looked at after clearing the event, or a call of pause() between the two
+            # would go unnoticed.
+            if self._stop:
                 return
             with self._lock:
-                work = list(self._due.items())
+                work = list(self._turns.items())
                 if not work:
-                    # Nobody is left: the next watch() starts another thread.
+                    # Nothing is left: the next watch() starts another thread.
                     self._thread = None
                     return
             now = time.monotonic()
-            for tended, due in work:
-                if due <= now and not self._stop:
-                    self._tend(tended, due)
-            work = tended = None  # type: ignore[assignment] # keep none of them alive
+            for tended, turn in work:
+                if turn.due <= now and not self._stop:
+                    self._look_after(tended, turn)
+            # While the thread waits, its variables must keep no cache alive.
+            work = tended = None  # type: ignore[assignment]
             with self._lock:
-                next_due = min(self._due.values(), default=now)
+                next_due = min((t.due for t in self._turns.values()), default=now)
             self._wake.wait(max(0.005, next_due - time.monotonic()))
 
-    def _tend(self, tended: Tended, due: float) -> None:
+    def _look_after(self, tended: Tended, turn: _Turn) -> None:
         delay = RETRY
         try:
             if not tended.closed:
-                delay = tended._tend(STEP_BUDGET)
+                delay = turn.tend(tended, STEP_BUDGET)
         except CacheClosed:
             pass
         except LockTimeout as error:
             log.warning(
-                "sweep of cache %s put off: %s",
+                "sweep of cache %s postponed: %s",
                 tended.name,
                 error,
                 extra={"cache": tended.name, "event": "sweep put off"},
             )
-        except Exception:  # others need the thread
+        except Exception:  # the other caches need the thread
             if not tended.closed:
                 log.exception(
                     "sweep of cache %s failed",
@@ -152,16 +180,18 @@ class Sweeper:
                     extra={"cache": tended.name, "event": "sweep failed"},
                 )
         with self._lock:
-            if self._due.get(tended) == due:  # else it was asked for meanwhile
+            # If it differs, watch() has set another time meanwhile.
+            if self._turns.get(tended) is turn:
                 if tended.closed:
-                    del self._due[tended]
+                    del self._turns[tended]
                 else:
-                    self._due[tended] = time.monotonic() + delay
+                    self._turns[tended] = _Turn(time.monotonic() + delay, turn.tend)
 
 
 def _wait_for_end(thread: threading.Thread) -> None:
-    # Before Python 3.13 join() returns a moment before the thread has ended, and Python
-    # warns of a fork in that moment.  Greenlets have the main thread's number.
+    # Before Python 3.13, join() returns a moment before the thread has ended in the
+    # kernel, and Python warns of a fork in that moment.  Under gevent the "thread" is a
+    # greenlet, which has the main thread's number and does not end.
     if sys.version_info >= (3, 13) or thread.native_id == threading.get_native_id():
         return
     deadline = time.monotonic() + 1
@@ -175,7 +205,7 @@ _current: Sweeper | None = None
 
 
 def sweeper() -> Sweeper:
-    """This process's sweeper."""
+    """The sweeper of this process, not that of the process that forked it."""
     global _current  # noqa: PLW0603 - one thread a process
     if _current is None or _current.pid != os.getpid():
         _current = Sweeper()

@@ -1,7 +1,8 @@
-"""What uWSGI says of this process; elsewhere, that it is not uWSGI's.
+"""What uWSGI says about this process; elsewhere these functions say "no uWSGI".
 
-uWSGI loads the application in its first process, forks the workers in C, and ends
-that process by C's ``exit`` without finalizing Python there.
+uWSGI loads the application in its first process and forks the workers in C, where no
+hook of Python runs.  It ends the first process by C's ``exit``, without finalizing
+Python.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ from typing import Any
 
 
 def _module() -> Any:
-    # Built into the server; importing it anywhere else would fail or find a stranger.
+    # The module is built into the server.  It is not imported here, because elsewhere
+    # the import would fail, or find another module of that name.
     return sys.modules.get("uwsgi")
 
 
 def in_first_process() -> bool:
-    """Whether this is the process that forks, or has not yet become, the workers."""
+    """Whether this is uWSGI's first process, or a worker before it knows its number."""
     uwsgi = _module()
     return uwsgi is not None and getattr(uwsgi, "worker_id", int)() == 0
 
 
 def threads_run() -> bool:
-    """Whether a thread started here would run while the main thread waits.
+    """Whether a thread that is started here runs while the main thread waits.
 
-    In the first process it is not to: a worker forked in C while another thread
-    waits for the interpreter's lock waits for it, too, for ever.
+    The answer is no without --enable-threads, and always in uWSGI's first process: if
+    a thread waited there for the interpreter's lock while a worker is forked in C, the
+    worker would wait for that lock for ever.
     """
     uwsgi = _module()
     if uwsgi is None:

@@ -1,4 +1,9 @@
-"""Functions whose results are in a cache: what ``Cache.memoize`` returns."""
+"""Functions whose results are kept in a cache: what ``Cache.memoize`` returns.
+
+The key of a call begins with the function's name, so functions of one name must be told
+apart; and it must be the same in all processes.  Arguments that are no keys themselves
+become tuples that begin with a letter of their own, so that no two of them collide.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import os
 import sys
 import weakref
 from contextlib import suppress
+from dataclasses import dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +22,51 @@ from shmcache.errors import UnsupportedKey
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from shmcache.cache import Cache
+
+@dataclass(frozen=True)
+class Results:
+    """The results of a memoized function: what memoize uses of a cache.
+
+    Attributes:
+        get_or_set: ``get_or_set(key, factory, ttl)``: the value of a key, computed by
+            the factory when it is absent.
+        get_or_await: The same for a factory that is a coroutine function.
+        delete: ``delete(key)``: forget the value of a key; whether there was one.
+    """
+
+    get_or_set: Callable[[Any, Callable[[], Any], Any], Any]
+    get_or_await: Callable[[Any, Callable[[], Any], Any], Any]
+    delete: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a memoized function, and its methods of instances, find a result."""
+
+    recall: Callable[[Any, Callable[[], Any], Any], Any]
+    delete: Callable[[Any], bool]
+    ttl: Any
+    make_key: Callable[..., Any] | None
+    awaits: bool
 
 
 class Memoized:
-    """A function whose results are remembered in a cache."""
+    """A function whose results are remembered in a cache.
+
+    Args:
+        results: Where the results are.
+        function: The function.
+        ttl: Seconds a result lives; None: for ever; an Ellipsis: the cache's default.
+        key: ``key(*args, **kwargs)`` makes the key of a call; None: the arguments do.
+        typed: Whether equal arguments of different types are different.
+
+    Raises:
+        TypeError: ``function`` is no plain function.
+    """
 
     def __init__(
         self,
-        cache: Cache,
+        results: Results,
         function: Callable[..., Any],
         ttl: Any,
         key: Callable[..., Any] | None,
@@ -42,23 +84,29 @@ class Memoized:
             )
         functools.update_wrapper(self, function)
         self.__wrapped__ = function
-        self._cache = cache
-        self._ttl = ttl
-        self._key = key
+        awaits = inspect.iscoroutinefunction(function)
+        self._recipe = _Recipe(
+            recall=results.get_or_await if awaits else results.get_or_set,
+            delete=results.delete,
+            ttl=ttl,
+            make_key=key,
+            awaits=awaits,
+        )
         self._typed = typed
         self._name = f"{function.__module__}.{function.__qualname__}"
         self._prefix = (self._name, *self._circumstances())
-        self._awaits = inspect.iscoroutinefunction(function)
-        if self._awaits:
+        if awaits:
             _mark_as_coroutine_function(self)
 
     def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The key under which a call's result is kept.
+        """The key under which the result of a call with these arguments is kept.
 
-        Raises UnsupportedKey if an argument cannot be part of a key.
+        Raises:
+            UnsupportedKey: An argument cannot be part of a key.
         """
-        if self._key is not None:
-            return (*self._prefix, self._part(self._key(*args, **kwargs), "key()"))
+        make_key = self._recipe.make_key
+        if make_key is not None:
+            return (*self._prefix, self._part(make_key(*args, **kwargs), "key()"))
         return (
             *self._prefix,
             *(self._part(a, f"argument {i}") for i, a in enumerate(args, 1)),
@@ -69,9 +117,9 @@ class Memoized:
         )
 
     def _circumstances(self) -> Iterator[Any]:
-        # What tells functions apart that share one name: lambdas, and those made by
-        # one def inside a function.  It must be the same in all processes: the place in
-        # the source, and what can be part of a key of what the function closes over.
+        # Lambdas, and functions that one def inside a function makes, share one name.
+        # Two things tell them apart in the same way in all processes: their place in
+        # the source, and the values they close over, as far as those can be keys.
         function: Any = self.__wrapped__
         if "<" not in function.__qualname__ or not hasattr(function, "__code__"):
             return
@@ -83,7 +131,8 @@ class Memoized:
             *(function.__kwdefaults__ or {}).values(),
         ]
         for cell in function.__closure__ or ():
-            with suppress(ValueError):  # an empty one, as of a function's own name
+            # A cell is empty, for example, for the name of the function itself.
+            with suppress(ValueError):
                 kept.append(cell.cell_contents)
         for value in kept:
             if isinstance(value, (str, bytes, int, float, tuple, type, NoneType)):
@@ -91,22 +140,21 @@ class Memoized:
                     yield ("by", self._part(value, "a value that is closed over"))
 
     def invalidate(self, *args: Any, **kwargs: Any) -> bool:
-        """Forget a call's result; whether there was one."""
-        return self._cache.delete(self.cache_key(*args, **kwargs))
+        """Forget the result of a call with these arguments; False if there was none."""
+        return self._recipe.delete(self.cache_key(*args, **kwargs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recipe = self._recipe
         key = self.cache_key(*args, **kwargs)
         call = functools.partial(self.__wrapped__, *args, **kwargs)
-        if self._awaits:
-            return self._cache._get_or_await(key, call, self._ttl)
-        return self._cache.get_or_set(key, call, self._ttl)
+        return recipe.recall(key, call, recipe.ttl)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else _Bound(self, instance)
+        return self if instance is None else _Bound(self, self._recipe, instance)
 
     def _part(self, value: Any, what: str) -> Any:
-        # An argument as part of a key: each type that is not a key itself is a tuple
-        # that begins with a letter of its own, and so are tuples.
+        # An argument as part of a key: a value whose type is no key itself becomes a
+        # tuple that begins with a letter of its own, and so do tuples.
         part: Any
         if isinstance(value, _Instance):
             part = value.part
@@ -135,52 +183,52 @@ class Memoized:
 class _Bound:
     """A memoized method of one instance."""
 
-    def __init__(self, memoized: Memoized, instance: Any) -> None:
+    def __init__(self, memoized: Memoized, recipe: _Recipe, instance: Any) -> None:
         functools.update_wrapper(self, memoized.__wrapped__)
-        if memoized._awaits:
-            _mark_as_coroutine_function(self)  # before it has a __func__ to be marked
+        if recipe.awaits:
+            # Before __func__ is set: inspect would mark that one in place of this.
+            _mark_as_coroutine_function(self)
+        self._recipe = recipe
         self.__self__ = instance
         self.__func__ = memoized
         self.__wrapped__ = functools.partial(memoized.__wrapped__, instance)
 
     def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """As of the function, with the instance's part."""
-        if self.__func__._key is not None:
+        """The key of the function's call, with the instance as first argument."""
+        if self._recipe.make_key is not None:
             return self.__func__.cache_key(self.__self__, *args, **kwargs)
         return self.__func__.cache_key(_Instance(self.__self__), *args, **kwargs)
 
     def invalidate(self, *args: Any, **kwargs: Any) -> bool:
-        """Forget a call's result; whether there was one."""
-        memoized = self.__func__
-        return memoized._cache.delete(self.cache_key(*args, **kwargs))
+        """Forget the result of a call with these arguments; False if there was none."""
+        return self._recipe.delete(self.cache_key(*args, **kwargs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        memoized = self.__func__
-        cache, ttl = memoized._cache, memoized._ttl
+        recipe = self._recipe
         key = self.cache_key(*args, **kwargs)
-        call = functools.partial(memoized.__wrapped__, self.__self__, *args, **kwargs)
-        if memoized._awaits:
-            return cache._get_or_await(key, call, ttl)
-        return cache.get_or_set(key, call, ttl)
+        function = self.__func__.__wrapped__
+        call = functools.partial(function, self.__self__, *args, **kwargs)
+        return recipe.recall(key, call, recipe.ttl)
 
 
 class _Instance:
     """The instance of a bound method, as part of a key.
 
-    Its ``__cache_key__`` if it has one.  Else a number drawn for this very object:
-    what it computes may depend on its state, of which other processes know nothing.
+    The part is the instance's ``__cache_key__`` if it has one.  Otherwise it is a
+    number drawn for this very object: what the object computes may depend on its state,
+    which other processes do not know.
     """
 
     def __init__(self, instance: Any) -> None:
         self.part: Any
         own = getattr(instance, "__cache_key__", None)
         if isinstance(instance, type):
-            # What __cache_key__ tells apart are the instances.
+            # The class's __cache_key__ tells its instances apart, not classes.
             self.part = ("c", f"{instance.__module__}.{instance.__qualname__}")
         elif own is not None:
             self.part = (*_whose(instance), *_flat(own() if callable(own) else own))
         else:
-            # With the PID, as from fork on the copies go their own ways.
+            # With the PID, because after a fork the copies may change differently.
             self.part = ("o", os.getpid(), _identity(instance))
 
 
@@ -191,14 +239,15 @@ def _whose(instance: Any) -> tuple[str, str]:
 
 
 def _mark_as_coroutine_function(thing: Any) -> None:
-    # For frameworks that ask before they call.
+    # Frameworks ask whether a function is a coroutine function before they call it.
     if sys.version_info >= (3, 12):
         inspect.markcoroutinefunction(thing)
     else:
-        # What asyncio.iscoroutinefunction looks for on 3.11.
+        # asyncio.iscoroutinefunction of 3.11 looks for this mark; there is no function
+        # that sets it.
         import asyncio
 
-        thing._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
+        vars(thing)["_is_coroutine"] = vars(asyncio.coroutines)["_is_coroutine"]
 
 
 def _flat(key: Any) -> Iterator[Any]:

@@ -1,130 +1,175 @@
-"""Single flight: of all callers of the host that miss one key, one computes.
+"""Single flight: of all callers of the host that miss one key, one computes the value.
 
-Problem: N workers miss the same key at once and all do the same slow work; the one
+Problem: N workers miss the same key at once and all do the same slow work; and the one
 that does it may fail, or be killed.
 
-Mechanism: each shard has a small table of claims (hash of the key, token of the
-worker).  Who enters its claim computes; the others look again and again, at growing
-distances, whether the value has come, the claim has gone, or the claimant's lease
-has.  A claim of a dead worker is taken over by the first who sees it.  Looking
-costs a waiter a lookup and a short hold of the lock every few milliseconds; in
-return nobody has to be told anything, so nobody can miss being told.
+Mechanism: each shard has a small in-flight table of pairs (hash of a key, token of a
+worker).  The worker whose pair is in the table computes.  The others look again at
+growing intervals whether the value has come, the pair has been removed, or its worker
+has died.  The first that sees a dead worker's pair replaces it by its own.  Looking
+costs a waiter a lookup and a short hold of the lock every few milliseconds.  In return
+nobody has to be told anything, so nobody can miss being told.
 
-Death in the middle: a claim is two words; the token is stored last, and is that of
-a dead worker as soon as the kernel has dropped its lease.
+Of the threads and tasks of one process one stands for all in the shared table; the
+others wait for it in the process's own table, ``flights``.
+
+Death in the middle: a pair is two words.  The token is stored last, and it is the token
+of a dead worker as soon as the kernel has dropped that worker's lock.
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from shmcache._engine import MISSING
 from shmcache.errors import LockTimeout, ReentrantCall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from shmcache.cache import Cache
+    from shmcache._process.attachment import Attachment
 
+# Seconds.
 _FIRST_PAUSE = 0.000_5
 _LONGEST_PAUSE = 0.02
 _CROWD_PATIENCE = 1.0
-CROWDED = 1  # what Slab._claim says when the table is full
+CROWDED = 1  # what ``claim`` returns when the table is full
+
+
+class InFlightTable(NamedTuple):
+    """The in-flight table of a cache: what single flight uses of the cache.
+
+    Made anew for each flight, so that it keeps no cache alive.
+
+    Attributes:
+        attachment: Tells which workers live, and has the flights of this process.
+        locate: ``locate(key)``: kind, bytes, hash and shard of a key.
+        claim: ``claim(shard, hash, dead)``: enter the pair of this worker, unless
+            another worker's is there; a pair of the worker ``dead`` is replaced.
+            Returns 0 if the pair is in, else the token of the other worker, or CROWDED.
+        release: ``release(shard, hash)``: remove the pair of this worker.
+        release_worker: ``release_worker(shard, token)``: remove all pairs of a worker.
+        holders: ``holders(shard)``: the tokens in the table.
+        peek: ``peek(key, default)``: the value of a key; not a use.
+    """
+
+    attachment: Attachment
+    locate: Callable[[Any], tuple[int, bytes, int, int]]
+    claim: Callable[[int, int, int], int]
+    release: Callable[[int, int], None]
+    release_worker: Callable[[int, int], None]
+    holders: Callable[[int], set[int]]
+    peek: Callable[[Any, Any], Any]
 
 
 class Flight:
-    """One caller's part in computing one key."""
+    """One caller's part in computing one key; a context manager.
+
+    However the block ends, the pair in the in-flight table is removed.
+
+    Args:
+        table: The in-flight table of the cache.
+        key: The key.
+        who: The thread or task that calls; it must not wait for itself.
+        timeout: Seconds to wait for another caller's value; None: as long as it takes.
+    """
 
     def __init__(
-        self, cache: Cache, key: Any, who: object, timeout: float | None
+        self, table: InFlightTable, key: Any, who: object, timeout: float | None
     ) -> None:
-        self._cache = cache
+        self._table = table
         self._key = key
         self.who = who
         self._timeout = timeout
-        _, _, self._hash, self._shard = cache._key_hash(key)
+        _, _, self._hash, self._shard = table.locate(key)
         self.value: Any = MISSING
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        flights = self._table.attachment.flights
+        if flights.get(self._hash) is self:
+            try:
+                self._table.release(self._shard, self._hash)
+            finally:
+                flights.pop(self._hash, None)
+
     def pauses(self) -> Iterator[float]:
-        """How long to wait, again and again.
+        """The seconds to wait, again and again.
 
         Ends when it is our turn to compute, or when ``value`` has come from elsewhere.
-        Used inside ``landing()``.  Of the threads or tasks of one process one stands
-        for all in the shared table; the others wait for it in ``flights``.
+
+        Raises:
+            ReentrantCall: This thread or task computes the key already.
+            LockTimeout: The value did not come in time.
         """
-        cache = self._cache
-        attachment = cache._attachment
+        peek = self._table.peek
         started = time.monotonic()
         pause = _FIRST_PAUSE
-        dead = 0
         while True:
-            holder = attachment.token
-            first = attachment.flights.setdefault(self._hash, self)
-            if first is self:
-                holder = cache._claim(self._shard, self._hash, dead)
-                if holder == CROWDED:
-                    if self._make_room():
-                        continue
-                    if self._may_go_unclaimed(time.monotonic() - started):
-                        holder = 0
-                if holder == 0:
-                    # Between our miss and our claim another may have been done with it.
-                    self.value = cache.peek(self._key, MISSING)
-                    return
-                if holder != CROWDED and (
-                    holder == attachment.token or not attachment.alive(holder)
-                ):
-                    # Its worker died, or (ours) was thrown out before it could tell.
-                    dead = holder
-                    continue
-            elif first.who == self.who:
-                raise ReentrantCall(
-                    f"the factory of {self._key!r} asks for {self._key!r} again,"
-                    " which would wait for itself; use another key inside"
-                )
+            holder = self._holder(started)
+            if holder == 0:
+                # Another may have stored it between our miss and our claim.
+                self.value = peek(self._key, MISSING)
+                return
             if self._timeout is not None:
                 left = self._timeout - (time.monotonic() - started)
                 if left <= 0:
                     raise LockTimeout(
                         f"the value of {self._key!r} did not come within"
-                        f" {self._timeout} s; process {attachment.pid(holder)}"
+                        f" {self._timeout} s; process"
+                        f" {self._table.attachment.pid(holder)}"
                         " computes it: raise timeout, or look what keeps it"
                     )
                 pause = min(pause, left)
             yield pause
             pause = min(pause * 1.6, _LONGEST_PAUSE)
-            self.value = cache.peek(self._key, MISSING)
+            self.value = peek(self._key, MISSING)
             if self.value is not MISSING:
                 return
 
+    def _holder(self, started: float) -> int:
+        # The token of the worker that computes, or CROWDED; 0: it is our turn.
+        table, shard = self._table, self._shard
+        attachment = table.attachment
+        first = attachment.flights.setdefault(self._hash, self)
+        if first is not self:
+            if first.who == self.who:
+                raise ReentrantCall(
+                    f"the factory of {self._key!r} asks for {self._key!r} again,"
+                    " which would wait for itself; use another key inside"
+                )
+            return attachment.token
+        dead = 0
+        while True:
+            holder = table.claim(shard, self._hash, dead)
+            if holder == CROWDED:
+                if self._make_room():
+                    continue
+                waited = time.monotonic() - started
+                return 0 if self._may_go_unclaimed(waited) else CROWDED
+            if holder == 0:
+                return 0
+            if holder != attachment.token and attachment.alive(holder):
+                return holder
+            # Its worker has died.  Or the pair is our own: a signal handler raised in
+            # a former flight before the pair was removed.
+            dead = holder
+
     def _make_room(self) -> bool:
-        # Give back what the dead have claimed; whether there was any.
-        cache = self._cache
-        alive = cache._attachment.alive
-        dead = [t for t in cache._claimants(self._shard) if not alive(t)]
+        # Remove the pairs of dead workers; whether there were any.
+        table = self._table
+        alive = table.attachment.alive
+        dead = [token for token in table.holders(self._shard) if not alive(token)]
         for token in dead:
-            cache._disclaim(self._shard, token)
+            table.release_worker(self._shard, token)
         return bool(dead)
 
     def _may_go_unclaimed(self, waited: float) -> bool:
-        # A second of work done twice is better than to wait for ever: the claims may be
-        # our own, of a deep recursion, or of callers that wait for us.
-        others = list(self._cache._attachment.flights.values())
+        # A second of work done twice is better than waiting for ever: the pairs may be
+        # our own, of a deep recursion, or those of callers that wait for us.
+        others = list(self._table.attachment.flights.values())
         nested = any(other.who == self.who for other in others if other is not self)
         return nested or waited > _CROWD_PATIENCE
-
-    @contextmanager
-    def landing(self) -> Iterator[None]:
-        """The flight as a whole: however it ends, what was claimed is given back."""
-        cache = self._cache
-        flights = cache._attachment.flights
-        try:
-            yield
-        finally:
-            if flights.get(self._hash) is self:
-                try:
-                    cache._unclaim_key(self._shard, self._hash)
-                finally:
-                    flights.pop(self._hash, None)

@@ -1,9 +1,15 @@
-"""What caches have left in shared memory: finding it, looking at it, removing it.
+"""The files that caches have in shared memory: found, checked, removed.
 
-For the command line.  Nothing here attaches to a segment or believes its header, so
-damaged ones are dealt with, too.  Whether a cache is in use is what the kernel's locks
-on its lease file say (see _workers.py), and removal happens under the admin lock, as
-creation does: a cache that is just being made is in use.
+Problem: crashes leave files behind.  These must be distinguished from the files
+of caches in use, and from files that are not safely ours, whatever their contents.
+
+Mechanism: nothing here attaches to a segment or trusts its header.  A cache is in use
+if a process holds a lock on its lock file (see _process/lockfile.py).  Files are
+removed under the admin lock, which a creator holds as well: so a cache that is just
+being created counts as in use.
+
+Death in the middle: the kernel drops the admin lock, and the files that are left are
+found by the next survey.
 """
 
 from __future__ import annotations
@@ -11,22 +17,24 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from shmcache._format import check as _check
 from shmcache._format import layout as L
-from shmcache._process import attachment as _workers
-from shmcache._segment import create as _segment
-from shmcache._segment.create import SHM_DIR, Names
-from shmcache.errors import SegmentNotFound, SegmentRefused, ShmCacheError
+from shmcache._format.seqlock import stable_read
+from shmcache._process.lockfile import LockFile, mutex
+from shmcache._segment.create import remove as remove_segment
+from shmcache._segment.names import LOCK_SUFFIX, SHM_DIR, Names, open_own
+from shmcache.errors import (
+    LockTimeout,
+    SegmentNotFound,
+    SegmentRefused,
+    ShmCacheError,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-# Looks at a shard that is written to, before the check of it is given up.
+# Attempts to copy a shard that is written to, and seconds between two of them.
 ATTEMPTS = 500
+PAUSE = 0.001
 
 
 @dataclass(frozen=True)
@@ -34,15 +42,18 @@ class Found:
     """What there is in shared memory under the name of one cache."""
 
     name: str
-    files: tuple[str, ...]
-    bytes: int
+    files: tuple[str, ...]  # names in /dev/shm
+    bytes: int  # of all files together
     in_use: bool
     persist: bool
-    trouble: str  # why it is not to be touched, or empty
+    trouble: str  # why the files must not be touched; empty if they may be
+
+
+# --- finding ----------------------------------------------------------------------
 
 
 def survey() -> list[Found]:
-    """All caches of this user, in use or not, by name."""
+    """All caches of this user, in use or not, sorted by name."""
     files: dict[str, list[str]] = {}
     for entry in sorted(os.listdir(SHM_DIR)):
         if name := _cache_of(entry):
@@ -51,14 +62,14 @@ def survey() -> list[Found]:
 
 
 def _cache_of(entry: str) -> str:
-    # The cache to which a file in /dev/shm belongs, empty if to none.
+    # The name of the cache that a file in /dev/shm belongs to; empty if to none.
     ours = f"shmcache-{os.geteuid()}-"
     name = ""
     if entry.startswith(f"sem.{ours}"):
         head, _, shard = entry.removeprefix(f"sem.{ours}").rpartition(".")
         name = head if shard.isdecimal() else ""
     elif entry.startswith(ours):
-        name = entry.removeprefix(ours).removesuffix(".lease")
+        name = entry.removeprefix(ours).removesuffix(LOCK_SUFFIX)
     try:
         return Names.of(name).cache
     except ValueError:
@@ -80,17 +91,17 @@ def _look(name: str, files: list[str]) -> Found:
 
 
 def _in_use(names: Names) -> bool:
-    # Also while somebody creates it, or takes it into use again.
+    # The holder of the admin lock may be creating the cache, so that counts as well.
     try:
-        with _workers.Lease.opened(names, create=False) as lease:
-            return lease.in_use() or lease.holder(_workers._ADMIN) is not None
+        with LockFile.opened(names, create=False) as lock_file:
+            return lock_file.in_use() or lock_file.admin_held()
     except FileNotFoundError:
         return False
 
 
 def _persists(names: Names) -> bool:
     try:
-        fd = _segment.open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     try:
@@ -103,39 +114,68 @@ def _persists(names: Names) -> bool:
     return words[L.H_MAGIC] == L.MAGIC and bool(words[L.H_FLAGS] & L.FLAG_PERSIST)
 
 
-def remove(name: str, *, force: bool = False) -> bool:
-    """Remove the files of a cache unless it is in use; whether that was done.
+# --- removing ---------------------------------------------------------------------
 
-    ``force`` removes them also then: those who are attached go on with what they have.
-    Raises SegmentRefused for files that are not safely ours.
+
+def remove(name: str, *, force: bool = False) -> bool:
+    """Remove the files of a cache unless it is in use.
+
+    Args:
+        name: The name of the cache.
+        force: Remove the files even if the cache is in use.  The processes that are
+            attached keep what they have.
+
+    Returns:
+        Whether the files were removed.
+
+    Raises:
+        SegmentRefused: The files are not safely ours.
+        LockTimeout: With ``force``, another process held the admin lock for too long.
     """
     names = Names.of(name)
-    with _workers.mutex(), _workers.Lease.opened(names) as lease:
-        if force:
-            lease.wait(_workers._ADMIN, f"cache {name!r}")
-        elif not lease.try_lock(_workers._ADMIN):
-            return False
-        try:
-            # Not current: somebody else has removed it, and it may be a new one by now.
-            if not lease.current() or (lease.in_use() and not force):
+    try:
+        with (
+            mutex(),
+            LockFile.opened(names) as lock_file,
+            lock_file.admin(f"cache {name!r}", timeout=None if force else 0),
+        ):
+            # If the file no longer has the name, another process has removed the cache
+            # since, and may have created a new one.
+            if not lock_file.current() or (lock_file.in_use() and not force):
                 return False
-            _segment.remove(names)
+            remove_segment(names)
             os.unlink(names.lock_path)
-        except IsADirectoryError as error:
-            raise SegmentRefused(
-                f"{names.segment_path} is a directory and so none of a cache's files:"
-                " find out who put it there, and remove it"
-            ) from error
-        finally:
-            lease.unlock(_workers._ADMIN)
+    except LockTimeout:
+        if force:
+            raise
+        return False
+    except IsADirectoryError as error:
+        raise SegmentRefused(
+            f"{names.segment_path} is a directory and so none of a cache's files:"
+            " find out who put it there, and remove it"
+        ) from error
     return True
 
 
+# --- checking ---------------------------------------------------------------------
+
+
 def check(name: str) -> list[str]:
-    """What is wrong with a segment, from a copy, without attaching; a sentence each."""
+    """What is wrong with a segment, found in a copy and without attaching.  O(size).
+
+    Args:
+        name: The name of the cache.
+
+    Returns:
+        A sentence for each finding; none if the segment is sound.
+
+    Raises:
+        SegmentNotFound: There is no cache with this name.
+        SegmentRefused: The file is not safely ours.
+    """
     names = Names.of(name)
     try:
-        fd = _segment.open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = open_own(names.segment_path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise SegmentNotFound(
             f"there is no cache named {name!r} of user {os.geteuid()}; shmcache ls"
@@ -157,48 +197,45 @@ def _findings(memory: mmap.mmap, size: int, name: str) -> list[str]:
     header = _check.read_header(head)
     g = header.geometry
     if findings:
-        return findings  # so there is no telling where the shards are
+        return findings  # with a damaged header the places of the shards are unknown
     if size != g.size:
         return [f"segment: {size} bytes, but its plan has {g.size}"]
-    for shard, copied in _shards(memory, g):
-        data = copied or _locked_copy(name, shard, g.stride)
-        if data is None:
-            findings.append(
-                f"shard {shard}: its writer is in the midst of a write for too long to"
-                " get a copy; it is busy, stopped, or dead and not yet noticed"
-            )
-        else:
-            findings += _check.check_shard(data, header, shard, quiescent=False)
+    with memoryview(memory) as view, view.cast("Q") as words:
+        for shard in range(g.shards):
+            data = _copy(view, words, g, shard) or _locked_copy(name, shard, g.stride)
+            if data is None:
+                findings.append(
+                    f"shard {shard}: its writer is in the midst of a write for too long"
+                    " to get a copy; it is busy, stopped, or dead and not yet noticed"
+                )
+            else:
+                findings += _check.check_shard(data, header, shard, quiescent=False)
     return findings
 
 
+def _copy(
+    view: memoryview, words: memoryview, g: L.Geometry, shard: int
+) -> bytes | None:
+    # A shard's bytes as they were at one moment; None if no such copy could be made.
+    base = g.shard_at(shard)
+    start, end = 8 * base, 8 * base + g.stride
+    data, stable = stable_read(
+        words, base, lambda: bytes(view[start:end]), attempts=ATTEMPTS, pause=PAUSE
+    )
+    return data if stable else None
+
+
 def _locked_copy(name: str, shard: int, size: int) -> bytes | None:
-    # Of a shard that is written to all the time there is no moment without a writer:
-    # as one of its users we have a copy made under the lock.  None of the dead's.
+    # A shard that is written to all the time is never without a writer.  Then this
+    # process attaches and makes the copy under the shard's lock.  It does not attach to
+    # what the dead have left, because that would take the cache into use.
     from shmcache.cache import Cache
 
-    with _workers.Lease.opened(Names.of(name), create=False) as lease:
-        if not lease.in_use():
+    with LockFile.opened(Names.of(name), create=False) as lock_file:
+        if not lock_file.in_use():
             return None
         try:
             with Cache.attach(name, lock_timeout=2) as cache:
-                data: bytes = cache._snapshot(shard, 0, size)
-                return data
+                return cache.internals.snapshot(shard, 0, size)
         except (ShmCacheError, ValueError):  # a stopped writer; a codec not known here
             return None
-
-
-def _shards(memory: mmap.mmap, g: L.Geometry) -> Iterator[tuple[int, bytes | None]]:
-    # A copy is of one moment if the epoch was even before it and is the same after.
-    for shard in range(g.shards):
-        at = g.shards_at + shard * g.stride
-        epoch = slice(at + 8 * L.S_SEQ, at + 8 * L.S_SEQ + 8)
-        for _ in range(ATTEMPTS):
-            before = memory[epoch]
-            data = memory[at : at + g.stride]
-            if memory[epoch] == before and not int.from_bytes(before, "little") & 1:
-                yield shard, data
-                break
-            time.sleep(0.001)
-        else:
-            yield shard, None

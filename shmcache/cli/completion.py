@@ -1,71 +1,65 @@
-"""Completion of the ``shmcache`` command in shells, as scripts made from its parser.
+"""Completion of the ``shmcache`` command in shells, as scripts.
 
-A script knows the commands and their options; names of caches it asks for, with
-``shmcache ls --names``, when they are wanted.
+A script is made from the tables of commands, so it knows them and their options.  The
+names of caches change, so the script asks for them with ``shmcache ls --names`` when
+they are wanted.
 """
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from shmcache.cli.options import argument
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Sequence
+
+    from shmcache.cli.options import Argument, Command
 
 SHELLS = ("bash", "zsh", "fish")
 
-
-class _Option(NamedTuple):
-    """An option of a command."""
-
-    flag: str
-    summary: str
-    takes_value: bool
-    choices: tuple[str, ...]
+# argparse adds this option to each command by itself.
+_HELP = argument("--help", action="store_true", help="show this help message and exit")
 
 
-class _Command(NamedTuple):
-    """A command, what may stand in its first place, and its options."""
-
-    name: str
-    summary: str
-    choices: tuple[str, ...]
-    takes_cache: bool
-    repeats: bool  # of more than one cache
-    options: list[_Option]
-
-
-def script(shell: str, parser: argparse.ArgumentParser) -> str:
-    """The script for a shell."""
+def script(shell: str, commands: Iterable[Command]) -> str:
+    """The script that completes these commands in a shell, one of ``SHELLS``."""
     makers = {"bash": _bash, "zsh": _zsh, "fish": _fish}
-    return makers[shell](list(_commands(parser)))
+    return makers[shell](list(commands))
 
 
-def _commands(parser: argparse.ArgumentParser) -> Iterator[_Command]:
-    for action in parser._actions:
-        if not isinstance(action, argparse._SubParsersAction):
-            continue
-        summaries = {one.dest: one.help or "" for one in action._choices_actions}
-        for name, sub in action.choices.items():
-            places = [a for a in sub._actions if not a.option_strings]
-            yield _Command(
-                name=name,
-                summary=summaries[name].rstrip("."),
-                choices=tuple(places[0].choices or ()) if places else (),
-                takes_cache=any(place.metavar == "NAME" for place in places),
-                repeats=any(place.dest == "wanted" for place in places),
-                options=[
-                    _Option(
-                        flag=a.option_strings[-1],
-                        summary=(a.help or "").partition(":")[0],
-                        takes_value=a.nargs != 0,
-                        choices=tuple(a.choices or ()),
-                    )
-                    for a in sub._actions
-                    if a.option_strings
-                ],
-            )
+def _options(command: Command) -> list[Argument]:
+    return [_HELP, *(each for each in command.arguments if each.is_option)]
 
+
+def _places(command: Command) -> list[Argument]:
+    return [each for each in command.arguments if not each.is_option]
+
+
+def _takes_cache(command: Command) -> bool:
+    return any(place.names_cache for place in _places(command))
+
+
+def _takes_caches(command: Command) -> bool:
+    return any(place.names_cache and place.repeats for place in _places(command))
+
+
+def _first_choices(command: Command) -> tuple[str, ...]:
+    # The words that the first positional argument accepts.
+    places = _places(command)
+    return places[0].choices if places else ()
+
+
+def _summary(command: Command) -> str:
+    return command.summary.rstrip(".")
+
+
+def _short_help(option: Argument) -> str:
+    text: str = option.settings.get("help", "")
+    return text.partition(":")[0]
+
+
+# --- bash -------------------------------------------------------------------------
 
 _BASH = """\
 _shmcache() {
@@ -93,25 +87,26 @@ complete -o default -F _shmcache shmcache
 _NAMES = "$(shmcache ls --names 2>/dev/null)"
 
 
-def _bash(commands: list[_Command]) -> str:
+def _bash(commands: Sequence[Command]) -> str:
     values, options = [], []
-    named = "|".join(c.name for c in commands if c.takes_cache and not c.repeats)
-    listing = "|".join(c.name for c in commands if c.takes_cache and c.repeats)
-    # A cache's name is wanted in the first place; keys are not looked up.
+    one = [c.name for c in commands if _takes_cache(c) and not _takes_caches(c)]
+    several = [c.name for c in commands if _takes_caches(c)]
+    # The name of a cache stands in the first place; keys, which may follow, are not
+    # completed.
     places = [
-        f'            {named}) ((COMP_CWORD == 2)) && words="{_NAMES}" ;;',
-        f'            {listing}) words="{_NAMES}" ;;',
+        f'            {"|".join(one)}) ((COMP_CWORD == 2)) && words="{_NAMES}" ;;',
+        f'            {"|".join(several)}) words="{_NAMES}" ;;',
     ]
-    for c in commands:
-        flags = " ".join(option.flag for option in c.options)
-        options.append(f'                {c.name}) words="{flags}" ;;')
-        for option in c.options:
+    for command in commands:
+        name = command.name
+        flags = " ".join(option.flags[-1] for option in _options(command))
+        options.append(f'                {name}) words="{flags}" ;;')
+        for option in _options(command):
             if option.takes_value:
                 words = " ".join(option.choices)
-                values.append(f'        {c.name}:{option.flag}) words="{words}" ;;')
-        if c.choices:
-            words = " ".join(c.choices)
-            places.append(f'            {c.name}) words="{words}" ;;')
+                values.append(f'        {name}:{option.flags[-1]}) words="{words}" ;;')
+        if choices := _first_choices(command):
+            places.append(f'            {name}) words="{" ".join(choices)}" ;;')
     return (
         _BASH.replace("@COMMANDS@", " ".join(c.name for c in commands))
         .replace("@VALUES@", "\n".join(values))
@@ -119,6 +114,8 @@ def _bash(commands: list[_Command]) -> str:
         .replace("@OPTIONS@", "\n".join(options))
     )
 
+
+# --- zsh --------------------------------------------------------------------------
 
 _ZSH = """\
 #compdef shmcache
@@ -146,22 +143,24 @@ fi
 """
 
 
-def _zsh(commands: list[_Command]) -> str:
-    def spec(option: _Option) -> str:
+def _zsh(commands: Sequence[Command]) -> str:
+    def spec(option: Argument) -> str:
         value = f":value:({' '.join(option.choices)})" if option.takes_value else ""
-        return _quoted(f"{option.flag}[{_zsh_text(option.summary)}]{value}")
+        text = _zsh_text(_short_help(option))
+        return _quoted(f"{option.flags[-1]}[{text}]{value}")
 
     arguments = []
-    for c in commands:
-        specs = [spec(option) for option in c.options]
-        if c.takes_cache:
+    for command in commands:
+        specs = [spec(option) for option in _options(command)]
+        if _takes_cache(command):
             names = "($(shmcache ls --names 2>/dev/null))"
-            specs.append(f'"{"*" * c.repeats}:cache:{names}"')
-        elif c.choices:
-            specs.append(_quoted(f":word:({' '.join(c.choices)})"))
-        arguments.append(f"        {c.name}) _arguments {' '.join(specs)} ;;")
+            specs.append(f'"{"*" * _takes_caches(command)}:cache:{names}"')
+        elif choices := _first_choices(command):
+            specs.append(_quoted(f":word:({' '.join(choices)})"))
+        arguments.append(f"        {command.name}) _arguments {' '.join(specs)} ;;")
     listed = [
-        f"        {_quoted(f'{c.name}:{_zsh_text(c.summary)}')}" for c in commands
+        f"        {_quoted(f'{command.name}:{_zsh_text(_summary(command))}')}"
+        for command in commands
     ]
     return _ZSH.replace("@COMMANDS@", "\n".join(listed)).replace(
         "@ARGUMENTS@", "\n".join(arguments)
@@ -178,24 +177,29 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"
 
 
-def _fish(commands: list[_Command]) -> str:
+# --- fish -------------------------------------------------------------------------
+
+
+def _fish(commands: Sequence[Command]) -> str:
     lines = ["complete -c shmcache -f"]
-    for c in commands:
+    for command in commands:
+        name = command.name
         lines.append(
             "complete -c shmcache -n __fish_use_subcommand"
-            f" -a {c.name} -d {_fish_text(c.summary)}"
+            f" -a {name} -d {_fish_text(_summary(command))}"
         )
-        within = f"complete -c shmcache -n '__fish_seen_subcommand_from {c.name}'"
-        if c.takes_cache:
+        within = f"complete -c shmcache -n '__fish_seen_subcommand_from {name}'"
+        if _takes_cache(command):
             lines.append(f"{within} -a '(shmcache ls --names 2>/dev/null)'")
-        elif c.choices:
-            lines.append(f"{within} -a '{' '.join(c.choices)}'")
-        for option in c.options:
+        elif choices := _first_choices(command):
+            lines.append(f"{within} -a '{' '.join(choices)}'")
+        for option in _options(command):
             value = " -r" if option.takes_value else ""
             if option.choices:
                 value += f" -a '{' '.join(option.choices)}'"
-            text = _fish_text(option.summary)
-            lines.append(f"{within} -l {option.flag.lstrip('-')}{value} -d {text}")
+            flag = option.flags[-1].lstrip("-")
+            text = _fish_text(_short_help(option))
+            lines.append(f"{within} -l {flag}{value} -d {text}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Commands that look, and change nothing."""
+"""Commands that only look, from outside, and change nothing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from shmcache._format import layout as L
+from shmcache._format.fields import sequence_of
+from shmcache._parser import USAGE_ERROR
 from shmcache.cli.options import (
-    json_option,
-    key_option,
-    name_option,
-    names_option,
-    type_option,
+    JSON,
+    JSON_ALTERNATIVE,
+    KEY,
+    NAME,
+    NAMES,
+    OPTIONAL_NAME,
+    PREFIX,
+    Command,
+    argument,
+    key_type,
 )
 from shmcache.cli.output import (
     NO,
-    USAGE_ERROR,
     chosen_entries,
     complain,
     entries_of,
@@ -33,25 +39,15 @@ from shmcache.errors import SegmentNotFound, ShmCacheError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shmcache._observe.snapshot import Entry, Segment
+    from shmcache._observe.records import Entry
+    from shmcache._observe.snapshot import Inside, Segment
     from shmcache.cli.clean import Found
 
 
-def _ls_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "List the caches of this user: size, entries, hit ratio, workers, age."
-        "  Exit code 1 if one is damaged or not safely ours."
-    )
-    names_option(parser)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--names", action="store_true", help="print names alone")
-    json_option(how)
-
-
 def _ls(options: argparse.Namespace) -> int:
-    from shmcache.cli import clean as _clean
+    from shmcache.cli import clean
 
-    survey = _clean.survey()
+    survey = clean.survey()
     if options.wanted:
         known = {found.name for found in survey}
         for name in options.wanted:
@@ -77,27 +73,27 @@ def _ls(options: argparse.Namespace) -> int:
     return NO if any(one["trouble"] for one in caches) else 0
 
 
-_TOLD = (
+# What ``ls`` takes from the statistics of a cache.
+_FIGURES = (
     *("entries", "max_entries", "bytes_used", "bytes_capacity"),
     *("hits", "misses", "workers", "age", "codec"),
 )
 
 
 def _summary(found: Found) -> dict[str, Any]:
-    # One cache of `ls`; what is None cannot be told.
+    # One cache of `ls`.  A field is None if it cannot be read.
     from shmcache._observe.snapshot import Segment
 
-    told: dict[str, Any] = dict.fromkeys(_TOLD)
+    figures: dict[str, Any] = dict.fromkeys(_FIGURES)
     trouble = found.trouble
     if not trouble:
         try:
             with Segment(found.name) as segment:
-                stats = vars(segment.stats())
-                stats["codec"] = segment.codec
-                told = {key: stats[key] for key in _TOLD}
+                known = {**vars(segment.stats().stats), "codec": segment.codec}
+                figures = {key: known[key] for key in _FIGURES}
                 trouble = segment.trouble
         except SegmentNotFound:
-            pass  # other files than the segment are left
+            pass  # there are other files of the cache, but no segment
         except ShmCacheError as error:
             trouble = str(error)
     state = "in use" if found.in_use else "persistent" if found.persist else "unused"
@@ -107,7 +103,7 @@ def _summary(found: Found) -> dict[str, Any]:
         "in_use": found.in_use,
         "persist": found.persist,
         "bytes": found.bytes,
-        **told,
+        **figures,
         "trouble": trouble,
     }
 
@@ -130,18 +126,26 @@ def _summary_row(one: dict[str, Any]) -> Sequence[str]:
 
 def _stats(options: argparse.Namespace) -> int:
     with opened(options.name) as segment:
-        stats = vars(segment.stats())
-        del stats["compiled"]  # the processes that use a cache may differ in that
+        read = segment.stats()
+        stats = vars(read.stats)
+        del stats["compiled"]  # each process of a cache may run another engine
         settings = vars(segment.header.settings)
         inside = [_inside(segment, one) for one in segment.inside()]
         trouble = segment.trouble
     if options.json:
         more = {"settings": settings, "inside": inside, "trouble": trouble}
-        print_json({**stats, **more})
+        print_json({**stats, **more, "unstable": read.unstable, "exact": read.exact})
     else:
         _print_stats(stats, settings)
         for one in inside:
             print(one["says"])
+        for shard in read.unstable:
+            print(
+                f"shard {shard}: its counts are not of one moment, as a writer was"
+                " inside all the time"
+            )
+        if not read.exact:
+            print("hits, misses, sweeps and callbacks are not exact: workers ended")
         if trouble:
             print(trouble)
     return NO if trouble else 0
@@ -191,8 +195,8 @@ def _print_stats(stats: dict[str, Any], settings: dict[str, Any]) -> None:
         )
 
 
-def _inside(segment: Segment, one: Any) -> dict[str, Any]:
-    # Who is in a shard, and what that means, for people.
+def _inside(segment: Segment, one: Inside) -> dict[str, Any]:
+    # Who is in a shard, and a sentence about it for people.
     worker = next((w for w in segment.workers() if w.token == one.token), None)
     pid = worker.pid or worker.wrote if worker else None
     who = f"process {pid}" if worker else "a process that has gone"
@@ -200,7 +204,7 @@ def _inside(segment: Segment, one: Any) -> dict[str, Any]:
     if not one.token and not one.writing:
         says += "free"
     elif worker is None or not worker.alive:
-        says += f"{who} died inside; who needs the shard next will repair it"
+        says += f"{who} died inside; the next process to need the shard takes it over"
     else:
         says += f"{who} is inside"
     return {
@@ -211,18 +215,6 @@ def _inside(segment: Segment, one: Any) -> dict[str, Any]:
         "waiting": one.waiting,
         "says": f"{says}; waiting: {one.waiting}",
     }
-
-
-def _keys_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "List the keys, one on a line, as JSON.  Which of them are used does not"
-        " change by it."
-    )
-    name_option(parser)
-    parser.add_argument("--prefix", metavar="P", help="only keys that begin with it")
-    type_option(parser, "the prefix")
-    parser.add_argument("--limit", metavar="N", type=_count, help="at most so many")
-    json_option(parser)
 
 
 def _count(text: str) -> int:
@@ -259,20 +251,6 @@ def _keys(options: argparse.Namespace) -> int:
     return NO if damaged else 0
 
 
-def _get_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Print the value of a key: a str as it is, all else as Python writes it.  Not a"
-        " use of the entry.  Exit code 1 if there is none."
-    )
-    name_option(parser)
-    key_option(parser)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
-        "--raw", action="store_true", help="the value's bytes, as they are stored"
-    )
-    json_option(how)
-
-
 def _get(options: argparse.Namespace) -> int:
     from shmcache._observe.snapshot import Undecoded
     from shmcache.cli.show import json_line, value_text
@@ -302,16 +280,6 @@ def _get(options: argparse.Namespace) -> int:
             if type(value) is Undecoded:
                 complain(f"the value is {value.reason}; these are its bytes")
     return code
-
-
-def _inspect_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Show the record of a key: sizes, times, place, owner.  Exit code 1 if there is"
-        " none, or if it is damaged."
-    )
-    name_option(parser)
-    key_option(parser)
-    json_option(parser)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -355,7 +323,7 @@ def _record(segment: Segment, entry: Entry) -> dict[str, Any]:
         "slot": entry.slot,
         "lru_position": ring.index(entry.slot) if ring and entry.slot in ring else None,
         "lru_length": len(ring) if ring is not None else None,
-        "write": entry.version >> 1,
+        "write": sequence_of(entry.version),
         "hash": f"{entry.hash:#010x}",
         "checksum": f"{entry.checksum:#010x}",
         "damage": entry.damage,
@@ -391,7 +359,7 @@ def _print_record(record: dict[str, Any]) -> None:
 
 
 def _owner(segment: Segment, entry: Entry) -> dict[str, Any]:
-    # Of a handle: the PID of its owner, None if its row is another's by now.
+    # The owner of a handle.  The PID is None if the owner's row has been freed since.
     token = segment.owner(entry)
     if not token:
         return {}
@@ -403,11 +371,8 @@ def _owner(segment: Segment, entry: Entry) -> dict[str, Any]:
 
 
 def _handles(options: argparse.Namespace) -> int:
-    from shmcache.cli.show import json_line, plain, short, span_text, value_text
+    from shmcache.cli.show import plain
 
-    damaged = False
-    listed: list[dict[str, Any]] = []
-    rows: list[Sequence[str]] = []
     with opened(options.name) as segment:
         if not segment.holds_handles:
             complain(
@@ -415,58 +380,54 @@ def _handles(options: argparse.Namespace) -> int:
                 " keys lists what is in it"
             )
             return USAGE_ERROR
-        for entry in chosen_entries(segment, None, "text", values=True):
-            key, value = segment.key(entry), segment.value(entry)
-            owner = _owner(segment, entry)
-            age, left = segment.age(entry), segment.left(entry)
-            damaged = damaged or bool(entry.damage)
-            listed.append(
-                {"key": plain(key), **owner, "age": age, "ttl": left}
-                | {"value": plain(value), "damage": entry.damage}
-            )
-            pid = f"{owner.get('owner') or 'gone'}"
-            dead = "" if owner.get("owner_alive") else " (dead)"
-            shown = "" if value is None else short(value_text(value), 60)
-            times = span_text(age), span_text(left)
-            rows.append((f"{pid}{dead}", *times, json_line(key), shown))
+        listed = [
+            {
+                "key": segment.key(entry),
+                **_owner(segment, entry),
+                "age": segment.age(entry),
+                "ttl": segment.left(entry),
+                "value": segment.value(entry),
+                "damage": entry.damage,
+            }
+            for entry in chosen_entries(segment, None, "text", values=True)
+        ]
     if options.json:
-        print_json({"name": options.name, "handles": listed})
-    elif rows:
-        print_table(("OWNER", "AGE", "LEFT", "KEY", "VALUE"), rows)
+        handles = [
+            {**one, "key": plain(one["key"]), "value": plain(one["value"])}
+            for one in listed
+        ]
+        print_json({"name": options.name, "handles": handles})
+    elif listed:
+        print_table(("OWNER", "AGE", "LEFT", "KEY", "VALUE"), map(_handle_row, listed))
     else:
         print("no handles")
-    return NO if damaged else 0
+    return NO if any(one["damage"] for one in listed) else 0
 
 
-def _top_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Watch caches live: rates, hit ratio, evictions, locks, workers, keys.  Without"
-        " NAME all of them, one on a line.  q ends it."
-    )
-    name_option(parser, nargs="?")
-    parser.add_argument(
-        "--interval",
-        type=_interval,
-        default=1.0,
-        metavar="S",
-        help="seconds from frame to frame, 0.1 to 3600 (default: 1)",
-    )
-    parser.add_argument(
-        "--once",
-        action="store_true",
-        help="print one frame, of one interval, and end; needs no terminal",
+def _handle_row(one: dict[str, Any]) -> Sequence[str]:
+    from shmcache.cli.show import json_line, short, span_text, value_text
+
+    pid = f"{one.get('owner') or 'gone'}"
+    dead = "" if one.get("owner_alive") else " (dead)"
+    value = one["value"]
+    return (
+        f"{pid}{dead}",
+        span_text(one["age"]),
+        span_text(one["ttl"]),
+        json_line(one["key"]),
+        "" if value is None else short(value_text(value), 60),
     )
 
 
 def _top(options: argparse.Namespace) -> int:
     try:
-        from shmcache.cli import top as _top
+        from shmcache.cli import top
     except ImportError as error:
         return lacking("top", "cli", error)
     if not options.once and not (sys.stdout.isatty() and sys.stdin.isatty()):
         complain("top needs a terminal; --once prints one frame without one")
         return USAGE_ERROR
-    return _top.run(options.name, options.interval, once=options.once)
+    return top.run(options.name, options.interval, once=options.once)
 
 
 def _interval(text: str) -> float:
@@ -474,3 +435,90 @@ def _interval(text: str) -> float:
         if 0.1 <= (seconds := float(text)) <= 3600:
             return seconds
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0.1 to 3600")
+
+
+COMMANDS = (
+    Command(
+        "ls",
+        "List the caches of this user.",
+        _ls,
+        (
+            NAMES,
+            argument(
+                "--names",
+                alternative=True,
+                action="store_true",
+                help="print only the names",
+            ),
+            JSON_ALTERNATIVE,
+        ),
+        description="List the caches of this user: size, entries, hit ratio, workers,"
+        " age.  Exit code 1 if one is damaged or not safely ours.",
+    ),
+    Command("stats", "What a cache did, over all processes.", _stats, (NAME, JSON)),
+    Command(
+        "top",
+        "Watch caches live.",
+        _top,
+        (
+            OPTIONAL_NAME,
+            argument(
+                "--interval",
+                type=_interval,
+                default=1.0,
+                metavar="S",
+                help="seconds from frame to frame, 0.1 to 3600 (default: 1)",
+            ),
+            argument(
+                "--once",
+                action="store_true",
+                help="print one frame, of one interval, and end; needs no terminal",
+            ),
+        ),
+        description="Watch caches live: rates, hit ratio, evictions, locks, workers,"
+        " keys.  Without NAME all caches are shown, one on a line.  The key q ends it.",
+    ),
+    Command(
+        "keys",
+        "List the keys of a cache.",
+        _keys,
+        (
+            NAME,
+            PREFIX,
+            key_type("the prefix"),
+            argument("--limit", metavar="N", type=_count, help="at most N keys"),
+            JSON,
+        ),
+        description="List the keys, one on a line, as JSON.  This is not a use of the"
+        " entries.",
+    ),
+    Command(
+        "get",
+        "Print the value of a key.",
+        _get,
+        (
+            NAME,
+            KEY,
+            key_type(),
+            argument(
+                "--raw",
+                alternative=True,
+                action="store_true",
+                help="print the value's bytes, as they are stored",
+            ),
+            JSON_ALTERNATIVE,
+        ),
+        description="Print the value of a key: a str unchanged, any other value as"
+        " Python writes it.  This is not a use of the entry.  Exit code 1 if there is"
+        " none.",
+    ),
+    Command(
+        "inspect",
+        "Show the record of a key.",
+        _inspect,
+        (NAME, KEY, key_type(), JSON),
+        description="Show the record of a key: sizes, times, place, owner.  Exit code 1"
+        " if there is none, or if it is damaged.",
+    ),
+    Command("handles", "List the handles of all workers.", _handles, (NAME, JSON)),
+)

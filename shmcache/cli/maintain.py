@@ -1,11 +1,11 @@
-"""Commands that find and remove what is in shared memory: clean, unlink, check."""
+"""Commands for what is in shared memory: check, clean, unlink."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING
 
-from shmcache.cli.options import name_and_json, name_option, names_option
+from shmcache.cli.options import JSON, NAME, NAMES, Command, argument
 from shmcache.cli.output import NO, complain, not_found
 
 if TYPE_CHECKING:
@@ -14,32 +14,23 @@ if TYPE_CHECKING:
     from shmcache.cli.clean import Found
 
 
-def _clean_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "List the caches of this user in shared memory, and remove those that no living"
-        " process uses: what crashes have left.  One in use is never removed, nor one"
-        " that is to persist, unless --persistent says so.  Asks first."
-    )
-    names_option(parser)
-    parser.add_argument("--yes", action="store_true", help="remove without asking")
-    parser.add_argument(
-        "--persistent",
-        action="store_true",
-        help="also remove caches made with persist=True, and so the data in them",
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="say it as JSON; removes nothing without --yes",
-    )
+def _check(options: argparse.Namespace) -> int:
+    from shmcache.cli import clean
+
+    findings = clean.check(options.name)
+    if options.json:
+        print(json.dumps({"name": options.name, "findings": findings}, indent=2))
+    else:
+        print("\n".join(findings) or f"cache {options.name} is sound")
+    return NO if findings else 0
 
 
 def _clean(options: argparse.Namespace) -> int:
-    from shmcache.cli import clean as _clean
+    from shmcache.cli import clean
 
     found = [
         one
-        for one in _clean.survey()
+        for one in clean.survey()
         if not options.wanted or one.name in options.wanted
     ]
     chosen = [
@@ -57,7 +48,7 @@ def _clean(options: argparse.Namespace) -> int:
             return 0
     removed = []
     if options.yes or (not options.json and _agreed(len(chosen))):
-        removed = [name for name in chosen if _clean.remove(name)]
+        removed = [name for name in chosen if clean.remove(name)]
     if options.json:
         caches = [
             {**vars(one), "unused": one.name in chosen, "removed": one.name in removed}
@@ -86,27 +77,14 @@ def _agreed(count: int) -> bool:
     return answer.strip().lower() in {"y", "yes"}
 
 
-def _unlink_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Remove one cache from shared memory, persistent or damaged as it may be."
-    )
-    name_option(parser)
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="also if it is in use: who is attached goes on with what it has, and"
-        " newcomers get a new one",
-    )
-
-
 def _unlink(options: argparse.Namespace) -> int:
-    from shmcache.cli import clean as _clean
+    from shmcache.cli import clean
 
     name = options.name
-    found = [one for one in _clean.survey() if one.name == name]
+    found = [one for one in clean.survey() if one.name == name]
     if not found:
         raise not_found(name)
-    if not _clean.remove(name, force=options.force):
+    if not clean.remove(name, force=options.force):
         complain(
             f"cache {name!r} is in use; stop the processes that use it, or use --force"
         )
@@ -115,20 +93,52 @@ def _unlink(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Look for damage in a cache's segment, from a copy and without attaching."
-        "  Exit code 1 if there is some."
-    )
-    name_and_json(parser)
-
-
-def _check(options: argparse.Namespace) -> int:
-    from shmcache.cli import clean as _clean
-
-    findings = _clean.check(options.name)
-    if options.json:
-        print(json.dumps({"name": options.name, "findings": findings}, indent=2))
-    else:
-        print("\n".join(findings) or f"cache {options.name} is sound")
-    return NO if findings else 0
+COMMANDS = (
+    Command(
+        "check",
+        "Look for damage in a cache.",
+        _check,
+        (NAME, JSON),
+        description="Look for damage in a cache's segment, in a copy and without"
+        " attaching.  Exit code 1 if there is some.",
+    ),
+    Command(
+        "clean",
+        "Remove caches that no living process uses.",
+        _clean,
+        (
+            NAMES,
+            argument("--yes", action="store_true", help="remove without asking"),
+            argument(
+                "--persistent",
+                action="store_true",
+                help="also remove caches made with persist=True, with all their data",
+            ),
+            argument(
+                "--json",
+                action="store_true",
+                help="print the answer as JSON; removes nothing without --yes",
+            ),
+        ),
+        description="List the caches of this user in shared memory, and remove those"
+        " that no living process uses, which crashes have left behind.  A cache in use"
+        " is never removed.  A persistent cache is removed only with --persistent."
+        "  Asks before it removes.",
+    ),
+    Command(
+        "unlink",
+        "Remove one cache.",
+        _unlink,
+        (
+            NAME,
+            argument(
+                "--force",
+                action="store_true",
+                help="remove it even if it is in use: the processes that use it keep"
+                " what they have, and the next one gets a new cache",
+            ),
+        ),
+        description="Remove one cache from shared memory, even if it is persistent or"
+        " damaged.",
+    ),
+)

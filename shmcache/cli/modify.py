@@ -1,4 +1,4 @@
-"""Commands that write, attached to the cache as any process is."""
+"""Commands that write: they attach to the cache, as any process does."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import shmcache
 from shmcache._format import layout as L
-from shmcache.cli.options import key_option, name_option, type_option
+from shmcache._parser import USAGE_ERROR
+from shmcache.cli.options import KEY, KEYS, NAME, PREFIX, Command, argument, key_type
 from shmcache.cli.output import (
     NO,
-    USAGE_ERROR,
     chosen_entries,
     complain,
     entries_of,
@@ -23,27 +23,6 @@ from shmcache.errors import SegmentNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-def _set_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Store a value under a key, as any process that uses the cache does."
-    )
-    name_option(parser)
-    key_option(parser)
-    parser.add_argument(
-        "value", metavar="VALUE", nargs="?", help="left out: what standard input has"
-    )
-    parser.add_argument(
-        "--ttl",
-        type=_ttl,
-        default=...,
-        metavar="S",
-        help="seconds to live, or never; left out, the cache's default",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="VALUE is JSON, not a text to be stored"
-    )
 
 
 def _ttl(text: str) -> float | None:
@@ -73,21 +52,12 @@ def _set(options: argparse.Namespace) -> int:
             complain(f"VALUE is not JSON ({error}); without --json it is a text")
             return USAGE_ERROR
     with _attached(options.name, storing=True) as cache:
-        if cache._codec.name == "raw":
+        if _codec_of(cache) == "raw":
             value = text.encode()
         there = key in cache
         cache.set(key, value, ttl=options.ttl)
     print(f"{'replaced' if there else 'stored'} {json_line(key)}")
     return 0
-
-
-def _delete_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Remove keys; handles of these keys are closed by their owners.  Exit code 1 if"
-        " one of them was not there."
-    )
-    name_option(parser)
-    key_option(parser, nargs="+")
 
 
 def _delete(options: argparse.Namespace) -> int:
@@ -97,7 +67,7 @@ def _delete(options: argparse.Namespace) -> int:
     missing = 0
     keys = [parse_key(text, options.type) for text in options.key]
     for key in keys:
-        encode_key(key)  # all of them can be keys, before the first one goes
+        encode_key(key)  # raises now if one of them is no key, before any is removed
     with _attached(options.name) as cache:
         for text, key in zip(options.key, keys, strict=True):
             gone = _delete_one(cache, text, key, options.type)
@@ -107,21 +77,12 @@ def _delete(options: argparse.Namespace) -> int:
 
 
 def _delete_one(cache: shmcache.Cache, text: str, key: Any, how: str) -> int:
-    if cache._codec.name != L.HANDLES:
+    # In a map of handles each owner may have an entry of the key.
+    if _codec_of(cache) != L.HANDLES:
         return int(cache.delete(key))
     with opened(cache.name) as segment:
         found = entries_of(segment, text, how)
     return sum(cache.delete(entry.key) for entry in found)
-
-
-def _clear_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Remove all entries, or those whose key has a prefix; handles are closed by"
-        " their owners."
-    )
-    name_option(parser)
-    parser.add_argument("--prefix", metavar="P", help="only keys that begin with it")
-    type_option(parser, "the prefix")
 
 
 def _clear(options: argparse.Namespace) -> int:
@@ -130,7 +91,7 @@ def _clear(options: argparse.Namespace) -> int:
     with _attached(options.name) as cache:
         if options.prefix is None:
             count = cache.clear()
-        elif cache._codec.name == L.HANDLES:
+        elif _codec_of(cache) == L.HANDLES:
             with opened(options.name) as segment:
                 chosen = list(chosen_entries(segment, options.prefix, options.type))
             count = sum(cache.delete(entry.key) for entry in chosen)
@@ -140,12 +101,66 @@ def _clear(options: argparse.Namespace) -> int:
     return 0
 
 
+COMMANDS = (
+    Command(
+        "set",
+        "Store a value under a key.",
+        _set,
+        (
+            NAME,
+            KEY,
+            key_type(),
+            argument(
+                "value",
+                metavar="VALUE",
+                nargs="?",
+                help="default: what standard input has",
+            ),
+            argument(
+                "--ttl",
+                type=_ttl,
+                default=...,
+                metavar="S",
+                help="seconds to live, or never; default: that of the cache",
+            ),
+            argument(
+                "--json",
+                action="store_true",
+                help="VALUE is JSON, not a text to be stored",
+            ),
+        ),
+        description="Store a value under a key, as any process that uses the cache"
+        " does.",
+    ),
+    Command(
+        "delete",
+        "Remove keys.",
+        _delete,
+        (NAME, KEYS, key_type()),
+        description="Remove keys.  Handles of these keys are closed by their owners."
+        "  Exit code 1 if one of the keys was not there.",
+    ),
+    Command(
+        "clear",
+        "Remove all entries.",
+        _clear,
+        (NAME, PREFIX, key_type("the prefix")),
+        description="Remove all entries, or those whose key has a prefix.  Handles are"
+        " closed by their owners.",
+    ),
+)
+
+
+# --- attaching --------------------------------------------------------------------
+
+
 @contextmanager
 def _attached(name: str, *, storing: bool = False) -> Iterator[shmcache.Cache]:
-    """A cache that is in use or persistent, attached to.
+    """A cache that is in use or persistent, attached for the time of a with block.
 
-    One that the dead have left is not: the next process to create it starts anew, and
-    whoever only attached would remove what is to be looked at.
+    A cache that a crash has left behind is refused.  The next process to create it
+    would start with a new one anyway; and if this process attached, it would be the
+    last one to leave, and so remove what the user may want to look at.
     """
     from shmcache._engine import FunctionCodec
     from shmcache._observe.snapshot import Segment
@@ -167,6 +182,11 @@ def _attached(name: str, *, storing: bool = False) -> Iterator[shmcache.Cache]:
         codec = FunctionCodec(codec, _unknown, _unknown, simple=False)
     with shmcache.Cache.attach(name, codec=codec) as cache:
         yield cache
+
+
+def _codec_of(cache: shmcache.Cache) -> str:
+    codec: str = cache.internals.settings.codec
+    return codec
 
 
 def _unknown(_: object) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What commands share in finding entries and in answering."""
+"""How commands answer, and how they find the entries that a user names."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import json
 import os
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shmcache._format import layout as L
+from shmcache._parser import USAGE_ERROR
 from shmcache.errors import SegmentNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from shmcache._observe.snapshot import Entry, Segment
+    from shmcache._observe.records import Entry
+    from shmcache._observe.snapshot import Segment
 
+# The exit code of a command whose answer is no.
 NO = 1
-USAGE_ERROR = 2
 
 
 def complain(message: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     print(f"shmcache: {message}", file=sys.stderr)
 
 
 def lacking(command: str, extra: str, error: ImportError) -> int:
-    """Say which extra has the package that is missing; the exit code."""
+    """Say which extra installs the missing package; returns the exit code."""
     complain(
         f"{command} needs a package that is not installed ({error}): pip install"
         f" 'shmcache[{extra}]'"
@@ -44,7 +46,7 @@ def not_found(name: str) -> SegmentNotFound:
 
 @contextmanager
 def opened(name: str) -> Iterator[Segment]:
-    """A cache seen from outside."""
+    """A cache seen from outside, for the time of a with block."""
     from shmcache._observe.snapshot import Segment
 
     with Segment(name) as segment:
@@ -54,7 +56,18 @@ def opened(name: str) -> Iterator[Segment]:
 def chosen_entries(
     segment: Segment, prefix: str | None, how: str, *, values: bool = False
 ) -> Iterator[Entry]:
-    """The living entries whose key begins with a prefix, as for ``Cache.clear``."""
+    """The entries that have not expired and whose key has a prefix.
+
+    Args:
+        segment: The cache.
+        prefix: The prefix as the user wrote it, with the meaning that it has for
+            ``Cache.clear``; None for all entries.
+        how: One of ``KEY_TYPES``, in which the prefix is written.
+        values: Whether the values are copied and checked, too.
+
+    Raises:
+        UnsupportedKey: The prefix is not of that type, or is an int.
+    """
     from shmcache._engine import encode_key
     from shmcache.cli.show import parse_key
     from shmcache.errors import UnsupportedKey
@@ -80,7 +93,16 @@ def _begins(key: tuple[int, bytes], prefix: tuple[int, bytes]) -> bool:
 
 
 def entries_of(segment: Segment, key: str, how: str) -> list[Entry]:
-    """The entries of a key, expired ones included: of handles one for each owner."""
+    """The entries of a key, including expired ones.
+
+    Args:
+        segment: The cache.  In a map of handles each owner may have an entry.
+        key: The key as the user wrote it.
+        how: One of ``KEY_TYPES``, in which the key is written.
+
+    Raises:
+        UnsupportedKey: The key is not of that type, or cannot be a key.
+    """
     from shmcache._engine import encode_key
     from shmcache.cli.show import parse_key
 
@@ -93,12 +115,12 @@ def entries_of(segment: Segment, key: str, how: str) -> list[Entry]:
 
 
 def print_json(data: object) -> None:
-    """An answer for scripts."""
+    """Print an answer for scripts."""
     print(json.dumps(data, indent=2))
 
 
-def print_table(heads: Sequence[str], rows: Any) -> None:
-    """An answer for people, in columns: the first one to the left."""
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print an answer for people, in columns; all but the first are right-aligned."""
     table = [heads, *rows]
     widths = [max(len(row[n]) for row in table) for n in range(len(heads))]
     for row in table:
@@ -108,6 +130,6 @@ def print_table(heads: Sequence[str], rows: Any) -> None:
 
 
 def print_fields(fields: dict[str, str]) -> None:
-    """An answer for people, one field on a line."""
+    """Print an answer for people, one field on a line."""
     for name, text in fields.items():
         print(f"{name:15}{text}")

@@ -1,4 +1,4 @@
-"""Commands about no cache in particular: demo, soak, info, completion."""
+"""Commands about no cache in particular: demo, soak, info."""
 
 from __future__ import annotations
 
@@ -8,30 +8,13 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import shmcache
+from shmcache._engine import is_compiled
+from shmcache._version import __version__
+from shmcache.cli.options import Command, argument
 from shmcache.cli.output import lacking
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-def _demo_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workers", type=_workers, default=4, metavar="N", help="(default: 4)"
-    )
-    parser.add_argument(
-        "--seconds",
-        type=_seconds,
-        default=10.0,
-        metavar="S",
-        help="of load, for both measurements together; 0 = none (default: 10)",
-    )
-    parser.add_argument(
-        "--serve", action="store_true", help="then keep serving until Ctrl-C"
-    )
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the figures there too; - = stdout"
-    )
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -53,20 +36,8 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 3600")
 
 
-def _info(_options: argparse.Namespace) -> int:
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    print(f"shmcache  {shmcache.__version__}")
-    print(f"compiled  {'yes' if shmcache.compiled else 'no: runs interpreted'}")
-    print(f"python    {python} ({sys.executable})")
-    print(f"platform  {platform.platform()}")
-    return 0
-
-
-def _soak_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see soak --help")
-
-
-def _soak(arguments: Sequence[str]) -> int:
+def soak(arguments: Sequence[str]) -> int:
+    """Run a soak, which parses its arguments itself; returns the exit code."""
     try:
         from shmcache import soak
     except ImportError as error:
@@ -74,22 +45,61 @@ def _soak(arguments: Sequence[str]) -> int:
     return int(soak.main(arguments))
 
 
-def _completion_options(parser: argparse.ArgumentParser) -> None:
-    from shmcache.cli.completion import SHELLS
-
-    parser.description = (
-        'Print a script that completes commands, options and cache names: eval "$('
-        'shmcache completion bash)" in .bashrc, or the same with zsh in .zshrc; for'
-        " fish, write it to ~/.config/fish/completions/shmcache.fish."
-    )
-    parser.add_argument(
-        "shell", metavar="SHELL", choices=SHELLS, help="bash, zsh, fish"
-    )
+def _soak(options: argparse.Namespace) -> int:
+    return soak(options.arguments)
 
 
-def _completion(options: argparse.Namespace) -> int:
-    from shmcache.cli import completion as _completion
-    from shmcache.cli import parser
-
-    print(_completion.script(options.shell, parser()), end="")
+def _info(_options: argparse.Namespace) -> int:
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    print(f"shmcache  {__version__}")
+    print(f"compiled  {'yes' if is_compiled else 'no: runs interpreted'}")
+    print(f"python    {python} ({sys.executable})")
+    print(f"platform  {platform.platform()}")
     return 0
+
+
+COMMANDS = (
+    Command(
+        "demo",
+        "Gunicorn workers on real work: a dict in each, then one shared cache.",
+        _demo,
+        (
+            argument(
+                "--workers",
+                type=_workers,
+                default=4,
+                metavar="N",
+                help="worker processes (default: 4)",
+            ),
+            argument(
+                "--seconds",
+                type=_seconds,
+                default=10.0,
+                metavar="S",
+                help="seconds of load, for both measurements together; 0 for none"
+                " (default: 10)",
+            ),
+            argument(
+                "--serve",
+                action="store_true",
+                help="keep serving after the measurements, until Ctrl-C",
+            ),
+            argument(
+                "--json",
+                metavar="FILE",
+                help="also write the figures to FILE, as JSON; - is standard output",
+            ),
+        ),
+    ),
+    Command(
+        "soak",
+        "Does memory stay flat?  Worker processes under load, watched.",
+        _soak,
+        (
+            argument(
+                "arguments", nargs=argparse.REMAINDER, help="see shmcache soak --help"
+            ),
+        ),
+    ),
+    Command("info", "Version, engine, Python and platform.", _info),
+)

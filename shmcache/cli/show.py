@@ -1,8 +1,9 @@
-"""Keys, values, sizes and times as the command line shows them, and reads them.
+"""Keys, values, sizes and times as the command line prints them and reads them.
 
-A key is shown as JSON, on one line: ``"text"``, ``5``, ``["tuple", 1]``, and bytes as
-``{"hex": "00ff"}``.  ``--type json`` takes the same, so what one command prints,
-another one finds.  Nothing is shown with characters that a terminal would obey.
+A key is printed as JSON, on one line: ``"text"``, ``5``, ``["tuple", 1]``, and bytes as
+``{"hex": "00ff"}``.  ``--type json`` reads the same notation, so that the output of one
+command can be the input of another.  Control characters are escaped, because a
+terminal would obey them.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from typing import Any
 from shmcache._observe.snapshot import Undecoded
 from shmcache.errors import UnsupportedKey
 
-KEY_TYPES = ("text", "int", "hex", "json")
-
-_LONG = 4000  # digits: Python refuses to print an int of more than 4300
+# Digits of an int that is printed in decimal.  Python refuses more than 4300.
+_LONG = 4000
 
 
 def plain(value: Any) -> Any:
-    """What stands for a value in JSON, which has fewer types."""
+    """A value for JSON, which has fewer types than Python."""
     kind = type(value)
     if value is None or kind in (bool, str):
         return value
@@ -49,7 +49,7 @@ def json_line(value: Any) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value for people: a str as it is, all else as Python writes it."""
+    """A value for people: a str unchanged, any other value as its ``repr``."""
     if type(value) is str:
         return value
     if type(value) is Undecoded:
@@ -61,14 +61,22 @@ def value_text(value: Any) -> str:
 
 
 def short(text: str, width: int) -> str:
-    """A text cut to a width, safe to print."""
+    """A text cut to ``width`` characters, safe to print."""
     if not text.isprintable():
         text = text.encode("unicode_escape").decode()
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def parse_key(text: str, kind: str) -> Any:
-    """The key that a text means; UnsupportedKey if it means none."""
+    """The key that a user wrote.
+
+    Args:
+        text: What the user wrote.
+        kind: In which of ``KEY_TYPES`` it is written.
+
+    Raises:
+        UnsupportedKey: The text is not of that type.
+    """
     try:
         if kind == "int":
             return int(text, 10)
@@ -91,11 +99,11 @@ def _key_of(data: Any) -> Any:
         return bytes.fromhex(str(data["hex"]))
     if type(data) is dict and list(data) == ["int"]:
         return int(str(data["int"]), 0)
-    return data  # what is no key the codec refuses, with the reason
+    return data  # if it cannot be a key, the encoder refuses it with the reason
 
 
 def size_text(size: float) -> str:
-    """Bytes, in three digits."""
+    """A number of bytes, in three digits and a unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1000 or unit == "GiB":
             break
@@ -105,7 +113,7 @@ def size_text(size: float) -> str:
 
 
 def span_text(seconds: float | None) -> str:
-    """A time span, in its two largest units."""
+    """A time span in its two largest units; "never" for None."""
     if seconds is None:
         return "never"
     if seconds < 1:
@@ -124,6 +132,6 @@ def span_text(seconds: float | None) -> str:
 
 
 def ratio_text(hits: float, misses: float) -> str:
-    """Hits by lookups in percent."""
+    """The part of the lookups that were hits, in percent; "-" without lookups."""
     lookups = hits + misses
     return f"{100 * hits / lookups:.1f} %" if lookups else "-"

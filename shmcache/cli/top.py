@@ -1,8 +1,9 @@
 """The live view: ``shmcache top``.
 
-Each frame is made of two looks at a cache from outside (see _inspect.py); rates are
-their differences by the time between them.  The cache is opened anew for each look, as
-it may have been removed, or replaced by another of its name, meanwhile.
+Each frame is made of two looks at a cache from outside (see _observe/snapshot.py).
+Rates are the differences of their counters, divided by the time between them.  Each
+look opens the cache again, because it may have been removed since the look before, or
+replaced by another one of the same name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.text import Text
 
 from shmcache._format import layout as L
 from shmcache._observe.snapshot import Inside, Segment, Worker
-from shmcache.cli import clean as _clean
+from shmcache.cli import clean
 from shmcache.cli.show import json_line, ratio_text, short, size_text, span_text
 from shmcache.errors import SegmentNotFound, ShmCacheError
 
@@ -37,15 +38,15 @@ if TYPE_CHECKING:
 
     from shmcache.stats import Stats
 
-# Seconds between two looks at which keys are used.
+# Seconds from one glance at the most recently used keys to the next.
 GLANCE = 0.1
-# Of so many shards' ends, so many slots, at one glance.
+# One glance reads the recent ends of this many shards, and this many slots of each.
 SHARDS, SLOTS = 8, 8
-# What a key's share in earlier glances still counts at the next.
+# At each glance the score of a key from earlier glances is multiplied by this.
 FADE = 0.97
-# The largest keys are looked for so seldom that it costs at most this part of a core.
+# The largest keys are searched so seldom that this takes at most this part of a core.
 EFFORT = 0.05
-# No more workers are shown, as measuring one takes milliseconds.
+# At most this many workers are shown, because measuring one takes milliseconds.
 WORKERS = 12
 KEYS = 8
 
@@ -62,37 +63,39 @@ _RATES: dict[str, Callable[[Stats], int]] = {
     "too large": lambda s: s.too_large,
 }
 _HANDLES_ONLY = {"owner died", "closed"}
-# Columns of the list of all caches, and which of them a narrow terminal has, too.
+# Columns of the list of all caches; True: a narrow terminal shows the column as well.
 _COLUMNS = (
     *(("STATE", False), ("ENTRIES", True), ("USED", False), ("HITS", True)),
     *(("GET/s", True), ("SET/s", True), ("EVICT/s", True), ("EXPIRE/s", False)),
     *(("WAIT/s", False), ("WORKERS", True)),
 )
-WIDE = 120
-NAME = 26  # and so much of a name
-# A terminal of so many lines has some to spare between the parts of a frame.
-TALL = 36
+WIDE = 120  # characters of a terminal that shows all columns
+NAME = 26  # characters of a name in a narrow terminal
+TALL = 36  # lines of a terminal with room for empty lines between the parts
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was to be seen of a cache at one moment."""
+    """What was seen of a cache in one look."""
 
-    at: float
+    at: float  # by the monotonic clock, in s
     stats: Stats
+    unstable: tuple[int, ...]  # shards whose counts are not of one moment
     workers: list[Worker]
     inside: list[Inside]
     codec: str
     persist: bool
-    created: int
+    created: int  # by the wall clock, in ns; it tells two caches of one name apart
     trouble: str
 
     @classmethod
     def at_segment(cls, segment: Segment) -> Look:
-        """What is there now."""
+        """Look at a segment now."""
+        read = segment.stats()
         return cls(
             at=time.monotonic(),
-            stats=segment.stats(),
+            stats=read.stats,
+            unstable=read.unstable,
             workers=segment.workers(),
             inside=list(segment.inside()),
             codec=segment.codec,
@@ -104,26 +107,26 @@ class Look:
 
 @dataclass(frozen=True)
 class Interval:
-    """Two looks at one cache; with the first one missing all rates are 0."""
+    """Two looks at one cache; if both are the same look, all rates are 0."""
 
     before: Look
     after: Look
 
     @property
     def seconds(self) -> float:
-        """The time from the first look to the second."""
+        """The time from the first look to the second, in seconds."""
         return self.after.at - self.before.at
 
     def difference(self, count: Callable[[Stats], float]) -> float:
-        """How much a counter has grown."""
+        """How much a counter grew between the looks."""
         return max(0, count(self.after.stats) - count(self.before.stats))
 
     def rate(self, count: Callable[[Stats], float]) -> float:
-        """How much a counter grew in a second."""
+        """How much a counter grew per second."""
         return self.difference(count) / self.seconds if self.seconds else 0.0
 
     def worker_rates(self) -> list[tuple[Worker, float, float]]:
-        """The workers with their hits and misses in a second, the busiest first."""
+        """The workers with their hits and misses per second, the busiest first."""
         former = {worker.token: worker for worker in self.before.workers}
         rates = []
         for worker in self.after.workers:
@@ -136,20 +139,29 @@ class Interval:
 
 
 class View(Protocol):
-    """What is watched."""
+    """What ``top`` watches: all caches, or one."""
 
     def look(self) -> None:
-        """See what there is now."""
+        """Read the state of now; once for each frame."""
 
     def glance(self) -> None:
-        """See which keys are used; between two looks."""
+        """Read which keys were used most recently; several times for each frame."""
 
     def frame(self, console: Console) -> RenderableType:
-        """What to show."""
+        """What to show of the last two looks."""
 
 
 def run(name: str | None, interval: float, *, once: bool) -> int:
-    """Show one frame, or frames until the user has seen enough; the exit code."""
+    """Show frames until the user ends it.
+
+    Args:
+        name: The cache to watch; None for all caches.
+        interval: Seconds from frame to frame.
+        once: Show one frame and end.
+
+    Returns:
+        The exit code.
+    """
     console = Console()
     view: View = _All() if name is None else _One(name)
     view.look()
@@ -183,7 +195,7 @@ def _glances(view: View, seconds: float) -> None:
 
 @contextmanager
 def _keyboard() -> Iterator[Callable[[float], str]]:
-    # Keys as they are pressed, without Enter, and not shown.
+    # Reads keys as they are pressed, without Enter; the terminal does not echo them.
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
 
@@ -192,7 +204,7 @@ def _keyboard() -> Iterator[Callable[[float], str]]:
         if not ready:
             return ""
         data = os.read(fd, 1)
-        return data.decode(errors="replace") if data else "q"  # the terminal has gone
+        return data.decode(errors="replace") if data else "q"  # the terminal is closed
 
     tty.setcbreak(fd)
     try:
@@ -204,7 +216,7 @@ def _keyboard() -> Iterator[Callable[[float], str]]:
 
 @contextmanager
 def _ended_by_signal() -> Iterator[None]:
-    # So that the terminal is put right again.
+    # A signal raises SystemExit, so that the terminal is restored before the end.
     def end(signum: int, _: FrameType | None) -> None:
         raise SystemExit(128 + signum)
 
@@ -223,7 +235,7 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class _All:
-    """All caches of this user, one on a line."""
+    """The view of all caches of this user, one on a line."""
 
     def __init__(self) -> None:
         self._before: dict[str, Look] = {}
@@ -231,17 +243,17 @@ class _All:
         self._found: list[tuple[str, str, str]] = []
 
     def look(self) -> None:
-        """See what there is now."""
+        """Read the state of all caches."""
         self._before, self._after = self._after, {}
         self._found = []
-        for found in _clean.survey():
+        for found in clean.survey():
             trouble = found.trouble
             if not trouble:
                 try:
                     with Segment(found.name) as segment:
                         self._after[found.name] = Look.at_segment(segment)
                 except SegmentNotFound:
-                    continue  # it has gone meanwhile, or other files were left
+                    continue  # it was removed since, or only its other files are left
                 except ShmCacheError as error:
                     trouble = str(error)
             unused = "persistent" if found.persist else "unused"
@@ -250,10 +262,12 @@ class _All:
         self._found.sort(key=lambda one: one[1] != "in use")
 
     def glance(self) -> None:
-        """Keys are not shown."""
+        """Do nothing: this view shows no keys."""
 
     def frame(self, console: Console) -> RenderableType:
-        """A table."""
+        """A table with a line for each cache."""
+        if not self._found:
+            return Text("no caches of this user")
         wide = console.width >= WIDE
         table = _table("NAME", *(head for head, always in _COLUMNS if wide or always))
         table.columns[0].max_width = None if wide else NAME
@@ -264,31 +278,36 @@ class _All:
                 table.add_row(Text(name), Text("trouble", style="red"))
                 troubles.append(Text(f"{name}: {trouble}", style="red"))
                 continue
-            span = Interval(_former(self._before.get(name), look), look)
-            s = look.stats
-            cells: tuple[RenderableType, ...] = (
-                Text(state),
-                f"{s.entries:,}",
-                f"{100 * s.bytes_used / max(1, s.bytes_capacity):.0f} %",
-                _ratio(span),
-                _per_second(span.rate(lambda s: s.hits + s.misses)),
-                _per_second(span.rate(lambda s: s.sets)),
-                _per_second(span.rate(lambda s: s.evicted)),
-                _per_second(span.rate(lambda s: s.expired)),
-                _per_second(span.rate(lambda s: s.lock_waits)),
-                f"{s.workers}",
-            )
+            cells = self._cells(state, look, self._before.get(name))
             shown = zip(cells, _COLUMNS, strict=True)
             table.add_row(
                 Text(name), *(cell for cell, (_, always) in shown if wide or always)
             )
-        if not self._found:
-            return Text("no caches of this user")
         return Group(_title("all caches", console), table, *troubles)
+
+    def _cells(
+        self, state: str, look: Look, before: Look | None
+    ) -> tuple[RenderableType, ...]:
+        # One cell for each of _COLUMNS.
+        span = Interval(_former(before, look), look)
+        s = look.stats
+        return (
+            Text(state),
+            f"{s.entries:,}",
+            f"{100 * s.bytes_used / max(1, s.bytes_capacity):.0f} %",
+            _ratio(span),
+            _per_second(span.rate(lambda s: s.hits + s.misses)),
+            _per_second(span.rate(lambda s: s.sets)),
+            _per_second(span.rate(lambda s: s.evicted)),
+            _per_second(span.rate(lambda s: s.expired)),
+            _per_second(span.rate(lambda s: s.lock_waits)),
+            f"{s.workers}",
+        )
 
 
 def _former(before: Look | None, after: Look) -> Look:
-    # Of another segment, that had the name before, nothing follows.
+    # The look to compare with.  If the look before was at another segment of the same
+    # name, there is none, and ``after`` is compared with itself.
     if before is None or before.created != after.created:
         return after
     return before
@@ -299,12 +318,12 @@ def _former(before: Look | None, after: Look) -> Look:
 
 @dataclass
 class _Keys:
-    """Which keys are used, and which are large."""
+    """Which keys are used most recently, and which are the largest."""
 
-    seen: dict[str, float] = field(default_factory=dict)
-    largest: list[tuple[str, int]] = field(default_factory=list)
-    shard: int = 0  # the next to look at
-    due: float = 0.0
+    seen: dict[str, float] = field(default_factory=dict)  # scores
+    largest: list[tuple[str, int]] = field(default_factory=list)  # with their bytes
+    shard: int = 0  # the last one that was read
+    due: float = 0.0  # when the largest keys are searched again
 
     def glance(self, segment: Segment) -> None:
         for key in self.seen:
@@ -335,7 +354,7 @@ class _Keys:
 
 
 class _One:
-    """One cache, with all that can be said."""
+    """The view of one cache, in detail."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -344,7 +363,12 @@ class _One:
         self._gone = ""
 
     def look(self) -> None:
-        """See what there is now; raises what a wrong name does, the first time."""
+        """Read the state of the cache.
+
+        Raises:
+            ShmCacheError: The cache cannot be read at the first look.  Later on the
+                frame says so.
+        """
         try:
             with Segment(self._name) as segment:
                 after = Look.at_segment(segment)
@@ -360,12 +384,12 @@ class _One:
             self._gone = str(error)
 
     def glance(self) -> None:
-        """See which keys are used."""
+        """Read which keys were used most recently."""
         with suppress(ShmCacheError), Segment(self._name) as segment:
             self._keys.glance(segment)
 
     def frame(self, console: Console) -> RenderableType:
-        """All of it; above, what changes."""
+        """Rates and state, locks, workers, keys."""
         if self._span is None:
             raise SegmentNotFound(f"there is no cache named {self._name!r}")
         span, look = self._span, self._span.after
@@ -374,6 +398,9 @@ class _One:
         parts: list[RenderableType] = [_title(title, console)]
         if self._gone or look.trouble:
             parts.append(Text(self._gone or look.trouble, style="bold red"))
+        if look.unstable:
+            shards = ", ".join(map(str, look.unstable))
+            parts.append(Text(f"counts not of one moment: shards {shards}"))
         for part in (
             _side_by_side(_rates(span), _state(span)),
             _locks(look),
@@ -463,7 +490,7 @@ def _workers(span: Interval, console: Console) -> Table:
     table = _table("WORKER", "AGE", "HIT/s", "MISS/s", "PSS")
     table.add_column("COMMAND", no_wrap=True)
     rates = span.worker_rates()
-    # In a small terminal there is to be room for the keys below.
+    # A small terminal shows fewer workers, to leave room for the keys below them.
     shown = min(WORKERS, max(3, console.height - 24))
     for worker, hits, misses in rates[:shown]:
         pss, command = _process(worker.pid)
@@ -482,19 +509,19 @@ def _workers(span: Interval, console: Console) -> Table:
 
 
 def _process(pid: int) -> tuple[str, str]:
-    # Proportional memory and command line of a process, as far as we may know them.
+    # Memory (PSS) and command line of a process, as far as this user may read them.
     pss, command = "-", ""
     if pid:
         with suppress(psutil.Error, OSError):
             process = psutil.Process(pid)
             words = process.cmdline() or [process.name()]
-            # Of interpreter and script the names alone.
+            # The paths of interpreter and script are shortened to the file names.
             command = " ".join([*map(os.path.basename, words[:2]), *words[2:]])
             pss = size_text(process.memory_full_info().pss)
     return pss, command
 
 
-# --- pieces ---------------------------------------------------------------------
+# --- parts of a frame -----------------------------------------------------------
 
 
 def _title(text: str, console: Console) -> Text:

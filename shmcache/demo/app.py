@@ -1,7 +1,7 @@
 """The demo's web app: pages of Python's documentation, rendered by ``pydoc``.
 
-Rendering one takes from a millisecond to half a second, so the app keeps what it has
-rendered: in a cache that all workers share, or, to compare, in a dict of its own.
+Rendering a page takes from a millisecond to half a second, so the app keeps the pages:
+in a cache that all workers share, or, for comparison, in a dict of each worker.
 """
 
 from __future__ import annotations
@@ -25,49 +25,49 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-# All pages together are 9 MiB: neither cache needs to evict in this demo.
+# All pages together take 9 MiB, so that neither cache evicts anything in this demo.
 MAX_ENTRIES = 256
 MAX_BYTES = 12 << 20
 TTL = 3600.0  # s
 
 
 class Page(TypedDict):
-    """What is cached: the page, and who rendered it, to count what sharing gives."""
+    """What is cached: a page, and its worker, which shows what sharing gives."""
 
     body: bytes
-    worker: int  # PID
+    worker: int  # the PID of the worker that rendered it
 
 
 class PageCache(Protocol):
-    """What the app asks of a cache."""
+    """What the app needs of a cache."""
 
     def get_or_set(self, key: str, factory: Callable[[], Page]) -> Page:
-        """The cached page, or the factory's, which is then cached."""
+        """The cached page; if there is none, the factory's page, which is cached."""
 
 
 def open_cache(name: str) -> Cache:
-    """The shared cache: the first caller on the host creates it, others attach."""
+    """The shared cache: the first worker creates it, and the others attach to it."""
     return Cache(name, max_entries=MAX_ENTRIES, max_bytes=MAX_BYTES, ttl=TTL)
 
 
 def remove_cache(name: str) -> None:
-    """Remove what is left of a cache whose workers had to be killed.
+    """Remove a cache whose workers were killed.
 
-    Of workers that end by themselves the last one removes it.
+    If the workers end in good order, the last one removes the cache.
     """
     with suppress(SegmentNotFound), Cache.attach(name) as left:
         left.unlink()
 
 
 class ProcessCache:
-    """The usual way without shmcache: a dict for each process, with the same bounds."""
+    """The usual way without shmcache: a dict in each process, with the same bounds."""
 
     def __init__(self) -> None:
         self._pages: OrderedDict[str, tuple[float, Page]] = OrderedDict()
         self._bytes = 0
 
     def get_or_set(self, key: str, factory: Callable[[], Page]) -> Page:
-        """As the shared cache's, for this process alone."""
+        """As ``Cache.get_or_set``, for this process only."""
         found = self._pages.get(key)
         if found and time.monotonic() < found[0]:
             self._pages.move_to_end(key)
@@ -87,7 +87,7 @@ class ProcessCache:
 
 
 def render(name: str) -> Page:
-    """The documentation of a module as a page of HTML: the slow work."""
+    """Render the documentation of a module as a page of HTML, which is slow."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         module = import_module(name)
@@ -98,7 +98,11 @@ def render(name: str) -> Page:
 
 
 def make_app(cache_name: str | None) -> WSGIApplication:
-    """The WSGI app; with a name its pages are shared, with None they are not."""
+    """The WSGI app.
+
+    Args:
+        cache_name: The name of the shared cache; None for a dict in each worker.
+    """
     shared = open_cache(cache_name) if cache_name else None
     pages: PageCache = shared if shared is not None else ProcessCache()
     index = _index().encode()
@@ -120,7 +124,11 @@ def make_app(cache_name: str | None) -> WSGIApplication:
 
 
 def _page(pages: PageCache, name: str) -> tuple[bytes, str]:
-    """A page, and where it came from: rendered now, by this worker, or by another."""
+    """A page, and its origin, which the load generator counts.
+
+    The origin is "rendered" if it was rendered now, else "own" or "other": this worker
+    or another one had rendered it.
+    """
     rendered = False
 
     def factory() -> Page:
@@ -162,9 +170,9 @@ def _index() -> str:
   ul {{ columns: 4; list-style: none; padding: 0 }}
 </style>
 <h1>Python's library, as rendered by pydoc</h1>
-<p>The first visit of a page renders it in one of the workers; from then on every
-worker serves it from the shared cache. The response headers <code>X-Page</code>
-(rendered, own, other) and <code>X-Worker</code> tell; so does
+<p>The first request for a page renders it in one of the workers. From then on every
+worker serves it from the shared cache. You can see that in the response headers
+<code>X-Page</code> (rendered, own, other) and <code>X-Worker</code>, and at
 <a href="/stats">/stats</a>.
 <ul>
 {links}

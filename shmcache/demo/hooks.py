@@ -1,9 +1,11 @@
 """Gunicorn's settings for the demo: a Python file, as ``gunicorn -c`` takes it.
 
-No process of the demo may outlive it, whatever ends it.  Told to stop, gunicorn stops
-its workers.  For the deaths of which nobody is told (``kill -9``) the kernel sends each
-process SIGTERM when its parent is gone: from the demo to gunicorn's arbiter, from
-there to the workers.
+Problem: no process of the demo may outlive it, whatever ends it.
+
+Mechanism: when gunicorn is told to stop, it stops its workers.  Nobody can tell it of a
+``kill -9``, so the kernel does: each process has asked to be sent SIGTERM when its
+parent dies.  The parent of gunicorn's arbiter is the demo, and that of the workers is
+the arbiter.
 """
 
 from __future__ import annotations
@@ -15,26 +17,28 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-PARENT = "SHMCACHE_DEMO_PARENT"  # PID of the demo
-CACHE = "SHMCACHE_DEMO_CACHE"  # the shared cache's name, if there is one
-READY = "SHMCACHE_DEMO_READY"  # a pipe: each worker writes a byte when it can serve
+# Environment variables.
+PARENT = "SHMCACHE_DEMO_PARENT"  # the PID of the demo
+CACHE = "SHMCACHE_DEMO_CACHE"  # the name of the shared cache, if there is one
+READY = "SHMCACHE_DEMO_READY"  # a pipe to which each worker writes a byte when ready
 
 worker_class = "sync"
 loglevel = "warning"
-graceful_timeout = 2  # s; the slowest page takes a third of that on an idle machine
-# It would be a file in the user's home.  Older gunicorns skip names unknown to them.
+graceful_timeout = 2  # s; on an idle machine the slowest page takes a third of that
+# The control socket would be a file in the user's home.  Older versions of gunicorn
+# ignore names that they do not know.
 control_socket_disable = True
 
 _PR_SET_PDEATHSIG = 1
 
 
 def on_starting(_arbiter: Any) -> None:
-    """Called by gunicorn in the arbiter, before the first fork."""
-    _end_with(int(os.environ[PARENT]))
+    """Gunicorn calls this in the arbiter, before the first fork."""
+    end_with(int(os.environ[PARENT]))
 
 
 def on_exit(_arbiter: Any) -> None:
-    """Called by gunicorn in the arbiter, after the last worker."""
+    """Gunicorn calls this in the arbiter, after the last worker has ended."""
     if name := os.environ.get(CACHE):
         from shmcache.demo.app import remove_cache
 
@@ -42,19 +46,23 @@ def on_exit(_arbiter: Any) -> None:
 
 
 def post_fork(_arbiter: Any, worker: Any) -> None:
-    """Called by gunicorn in a new worker."""
-    _end_with(worker.ppid)
+    """Gunicorn calls this in a new worker."""
+    end_with(worker.ppid)
 
 
 def post_worker_init(_worker: Any) -> None:
-    """Called by gunicorn in a worker that has loaded the app."""
-    with suppress(BrokenPipeError):  # the demo died; our turn is next
+    """Gunicorn calls this in a worker that has loaded the app."""
+    with suppress(BrokenPipeError):  # the demo has died, so this process ends as well
         os.write(int(os.environ[READY]), b".")
 
 
-def _end_with(parent: int) -> None:
-    """SIGTERM for this process as soon as its parent is gone."""
+def end_with(parent: int) -> None:
+    """Have the kernel send this process SIGTERM when its parent dies.
+
+    Args:
+        parent: The PID of the parent.  If it has died already, this process ends now.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before we asked
+    if os.getppid() != parent:  # it died before the request to the kernel
         os._exit(0)

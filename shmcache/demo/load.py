@@ -1,8 +1,8 @@
-"""The load generator: clients that ask for pages, and what they saw.
+"""The load generator: clients that request pages, and what they saw.
 
-Popularity follows Zipf's law, as that of web pages does: the n-th most popular page is
-asked for in proportion to 1/n.  The sequence comes from a fixed seed, so that two
-servers can be asked the very same things.
+The popularity of the pages follows Zipf's law, as on the web: the n-th most popular
+page is requested in proportion to 1/n.  The sequence comes from a fixed seed, so that
+two servers get the same requests.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ class Outcome:
     """What the clients of one load saw."""
 
     seconds: float = 0.0
-    # Of each answered request the latency in s and the page's origin, as the app names
-    # it.  Appended to by all clients at once, which a list takes without a lock.
+    # For each answered request its latency in s, and the page's origin as the app calls
+    # it.  All clients append at once; a list needs no lock for that.
     answers: list[tuple[float, str]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property
     def requests(self) -> int:
-        """Answered requests."""
+        """How many requests were answered."""
         return len(self.answers)
 
     def count(self, origin: str) -> int:
-        """Answered requests with a page of this origin."""
+        """How many requests were answered with a page of this origin."""
         return sum(origin == known for _, known in self.answers)
 
     def latency(self, quantile: float) -> float:
-        """The time in s within which this part of the requests was answered."""
+        """The time in s within which a part (0 to 1) of the requests was answered."""
         ordered = sorted(latency for latency, _ in self.answers)
         return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
 
 
 def zipf(names: Sequence[str], count: int) -> list[str]:
-    """``count`` names drawn with Zipf popularity; the same ones at every call."""
+    """``count`` names drawn by Zipf's law; each call gives the same ones."""
     rng = random.Random(SEED)  # noqa: S311 - predictable on purpose
     ranked = rng.sample(names, len(names))
     weights = itertools.accumulate(1 / rank for rank in range(1, len(ranked) + 1))
@@ -57,10 +57,22 @@ def zipf(names: Sequence[str], count: int) -> list[str]:
 
 
 def fetch(address: tuple[str, int], name: str) -> str:
-    """Ask for a page, check that it is the right one; returns the origin it names.
+    """Request a page, and check that it is the right one.
 
-    A bare socket does less than ``http.client``: the load generator should leave the
-    processors to those it measures.
+    A socket takes less CPU time than ``http.client``, and the load generator should
+    leave the CPUs to the server.
+
+    Args:
+        address: Host and port of the server.
+        name: The name of the page.
+
+    Returns:
+        The page's origin, as the app calls it.
+
+    Raises:
+        OSError: The server cannot be reached, or did not answer in time.
+        ValueError: The answer is not this page.
+        KeyError: The answer lacks a header.
     """
     request = f"GET /{name}.html HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n"
     chunks = []
@@ -81,10 +93,16 @@ def fetch(address: tuple[str, int], name: str) -> str:
 
 
 class Load:
-    """Clients that work through a sequence of names, one request each at a time.
+    """Clients that work through a sequence of names; each has one request at a time.
 
-    It ends after ``seconds``, or when the sequence is at its end.  What has been asked
-    is then a prefix of the sequence without gaps.
+    The load ends after ``seconds``, or at the end of the sequence.  The names that were
+    requested until then are a prefix of the sequence.
+
+    Args:
+        address: Host and port of the server.
+        names: The names of the pages, in the order of the requests.
+        seconds: How long the load lasts at most.
+        clients: How many clients there are.
     """
 
     def __init__(
@@ -97,7 +115,7 @@ class Load:
         self._address = address
         self._names = names
         self._seconds = seconds
-        self._next = itertools.count()  # next() of it is atomic
+        self._next = itertools.count()  # calling next() on it is atomic
         self._halt = threading.Event()
         self._threads = [
             threading.Thread(target=self._client, daemon=True) for _ in range(clients)
@@ -105,9 +123,12 @@ class Load:
         self.outcome = Outcome()
 
     def run(self, tick: Callable[[float, int], None], every: float) -> Outcome:
-        """Do it; calls ``tick(fraction done, requests)`` every so many seconds.
+        """Run the load.
 
-        What ``tick`` raises ends the load.
+        Args:
+            tick: Called with the part that is done (0 to 1) and the number of answered
+                requests.  An exception that it raises ends the load.
+            every: Seconds between two calls of ``tick``.
         """
         started = time.perf_counter()
         self._deadline = started + self._seconds

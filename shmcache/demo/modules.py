@@ -1,9 +1,9 @@
 """The pages of the demo: 200 modules of the standard library, chosen by hand.
 
-Not simply ``sys.stdlib_module_names``: importing must have no side effect (``this``
-prints, ``antigravity`` opens a browser, ``turtle`` wants a display, ``readline``
-touches the terminal), must not depend on optional C libraries (``ssl``, ``sqlite3``),
-and the choice should be the same for every supported Python.
+``sys.stdlib_module_names`` would not do.  The import of a module must have no side
+effect (``this`` prints, ``antigravity`` opens a browser, ``turtle`` needs a display,
+``readline`` changes the terminal); it must not need optional C libraries (``ssl``,
+``sqlite3``); and the choice should be the same for every supported Python.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ MODULES = tuple(_NAMES.split())
 
 
 def usable() -> list[str]:
-    """Those of MODULES that this Python can import; reads every file once.
+    """Those of MODULES that this Python can import.
 
-    So afterwards the files are in the kernel's cache and compiled, and the first
-    of two measurements does not pay for that alone.
+    Each file is read once, so that it is compiled and in the kernel's cache afterwards.
+    Otherwise only the first of two measurements would pay for that.
     """
     names = []
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):
@@ -62,5 +62,5 @@ def usable() -> list[str]:
     return names
 
 
-if __name__ == "__main__":  # in a process of its own: it imports them all
+if __name__ == "__main__":  # in a process of its own, because it imports them all
     print(json.dumps(usable()))

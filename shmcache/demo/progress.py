@@ -1,4 +1,4 @@
-"""How far the demo is: a bar on a terminal, a line now and then in a log file."""
+"""How far the demo is: a bar on a terminal, some lines in a log file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Show = Callable[[float, str], None]  # fraction done, note
+# Called with the part that is done, 0 to 1, and a note.
+Show = Callable[[float, str], None]
 
-_STEPS = 4  # lines in a log file
+_STEPS = 4  # how many lines there are in a log file
 
 
 @contextmanager
 def progress(label: str) -> Iterator[Show]:
-    """Shows one phase on stderr: call what it gives with fraction and note."""
+    """Show the progress of one phase on standard error.
+
+    Args:
+        label: What the phase is called.
+
+    Yields:
+        A function to be called with the part that is done, 0 to 1, and a note.
+    """
     if sys.stderr.isatty():
         try:
             from rich.console import Console
@@ -35,7 +43,7 @@ def progress(label: str) -> Iterator[Show]:
 
 
 class _Lines:
-    """A line at every quarter."""
+    """Prints a line at each quarter."""
 
     def __init__(self, label: str) -> None:
         self._label = label

@@ -1,4 +1,4 @@
-"""What the demo measured: as a table, as one sentence, as JSON."""
+"""What the demo measured: as a table and as one sentence."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ if TYPE_CHECKING:
 
     from shmcache.demo.load import Outcome
 
-MIN_REQUESTS = 100  # with fewer the dice decide which pages come twice
-SAME = 1.1  # single measurements closer than this factor are called the same
+# With fewer requests it is chance whether a page is requested twice.
+MIN_REQUESTS = 100
+# Two measurements that differ by less than this factor are called the same.
+SAME = 1.1
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One server's figures under the load."""
+    """The figures of one server under the load."""
 
     requests: int
     errors: int
     seconds: float
     rendered: int
     own_hits: int
-    cross_hits: int  # served from a page that another worker rendered
+    cross_hits: int  # answered with a page that another worker had rendered
     requests_per_second: float
     median_ms: float
     p99_ms: float
@@ -32,7 +34,13 @@ class Phase:
 
     @classmethod
     def of(cls, outcome: Outcome, workers_pss: int | None, segment: int) -> Phase:
-        """The figures of an outcome, which must have at least one answer."""
+        """The figures of a load.
+
+        Args:
+            outcome: What the clients saw; it must have at least one answer.
+            workers_pss: Memory of the workers in bytes; None if unknown.
+            segment: Bytes of the shared segment; 0 if there is none.
+        """
         return cls(
             requests=outcome.requests,
             errors=len(outcome.errors),
@@ -76,7 +84,7 @@ _PSS = (
 
 
 def table(separate: Phase, shared: Phase) -> str:
-    """Both phases side by side, and what PSS means."""
+    """Both phases side by side, with an explanation of PSS."""
     heads = ("dict in each worker", "one shared cache")
     first = max(len(label) for label, _ in _ROWS)
     widths = [len(head) for head in heads]
@@ -90,7 +98,7 @@ def table(separate: Phase, shared: Phase) -> str:
 
 
 def conclusion(separate: Phase, shared: Phase) -> str:
-    """One sentence that claims what the figures support, and nothing else."""
+    """The result in one sentence, which claims only what the figures support."""
     if failed := separate.errors + shared.errors:
         return f"{failed} requests failed: the figures allow no conclusion."
     if shared.requests < MIN_REQUESTS:

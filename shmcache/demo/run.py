@@ -1,4 +1,4 @@
-"""The demo's programme: measure without sharing, measure with it, report, serve."""
+"""The demo from beginning to end: measure without and with sharing, report, serve."""
 
 from __future__ import annotations
 
@@ -29,24 +29,34 @@ if TYPE_CHECKING:
     from shmcache import Stats
 
 CLIENTS_PER_WORKER = 2
-SEPARATE_SHARE = 0.6  # of the seconds; the shared cache takes less for the same
-LONGEST = 200_000  # requests of a load
-PATIENCE = 600.0  # s, for the shared cache to answer what the dicts answered
+# The part of the seconds that the measurement without sharing gets; with the shared
+# cache the same requests take less.
+SEPARATE_SHARE = 0.6
+LONGEST = 200_000  # requests of a load at most
+PATIENCE = 600.0  # s for the second measurement at most
 
 
 @dataclass
 class Demo:
-    """One run of the demo, as the command line asks for it."""
+    """One run of the demo."""
 
     workers: int
-    seconds: float  # of load; 0 = none
-    serve: bool
-    json: str | None  # where the figures go as JSON, "-" = stdout
+    seconds: float  # of load, for both measurements together; 0: no measurement
+    serve: bool  # whether to keep serving after the measurements
+    json: str | None  # a file for the figures as JSON; "-" is standard output
     stop: StopRequest = field(default_factory=StopRequest)
-    errors: list[str] = field(default_factory=list)  # of requests
+    errors: list[str] = field(default_factory=list)  # of requests that failed
 
     def run(self) -> int:
-        """Run it; returns the exit code: 0, or 1 when requests failed."""
+        """Run the demo.
+
+        Returns:
+            The exit code: 0, or 1 if requests failed.
+
+        Raises:
+            DemoError: The demo cannot run, or cannot go on.
+            Stopped: A signal ended it.
+        """
         self._refuse_in_time()
         with self.stop:
             names: list[str] = []
@@ -75,7 +85,7 @@ class Demo:
         return 1 if self.errors else 0
 
     def _refuse_in_time(self) -> None:
-        """Refuse at once what would fail after ten seconds."""
+        """Refuse now what would fail only after the measurements."""
         if util.find_spec("gunicorn") is None:
             raise DemoError(
                 "the demo needs gunicorn, which is not installed: "
@@ -92,25 +102,25 @@ class Demo:
                 )
 
     def _usable_modules(self) -> list[str]:
-        """The modules to ask for, checked and read once in a process of its own."""
+        """The modules to request, checked and read once, in a process of its own."""
         with subprocess.Popen(
             python("shmcache.demo.modules"),
             cwd="/",
-            process_group=0,  # Ctrl-C is for us
+            process_group=0,  # Ctrl-C reaches only this process
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         ) as child:
             try:
-                while child.poll() is None:  # a pipe holds more than it says
+                while child.poll() is None:  # its output fits into the pipe
                     self.stop.tick()
             finally:
                 child.kill()
             out, said = child.communicate()
         if child.returncode:
             why = said.strip().rpartition("\n")[2]
-            raise DemoError(f"the list of modules could not be had: {why}")
+            raise DemoError(f"the list of modules could not be made: {why}")
         modules: list[str] = json.loads(out)
         return modules
 
@@ -138,7 +148,7 @@ class Demo:
         seconds: float,
         cache: Cache | None,
     ) -> Phase:
-        """Put the load on a server, and weigh it while it still stands."""
+        """Put the load on a server, and measure its memory before it ends."""
         load = Load(server.address, names, seconds, CLIENTS_PER_WORKER * self.workers)
         with progress(label) as show:
 
@@ -185,7 +195,7 @@ class Demo:
                 ) from error
 
     def _serve(self, server: Server) -> None:
-        """Stay until Ctrl-C, which is then not an error."""
+        """Serve until Ctrl-C, which is not an error here."""
         print(f"\nServing on {server.url}  (Ctrl-C ends it)", flush=True)
         try:
             while True:
@@ -197,7 +207,7 @@ class Demo:
 
 @contextmanager
 def _cache_name() -> Iterator[str]:
-    """A cache name of this run's own; nothing of that name is left afterwards."""
+    """A name for the cache of this run, which is removed at the end."""
     name = f"demo-{os.getpid()}"
     try:
         yield name

@@ -1,4 +1,4 @@
-"""One gunicorn with its workers: started, watched, weighed, ended."""
+"""One gunicorn with its workers: how it is started, measured and ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 import psutil
 
-from shmcache._segment.create import SHM_DIR
+from shmcache._segment.names import SHM_DIR
 from shmcache.demo import hooks
 from shmcache.demo.stop import TICK, StopRequest
 from shmcache.errors import ShmCacheError
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 START_TIMEOUT = 60.0  # s
 STOP_TIMEOUT = hooks.graceful_timeout + 3.0  # s
 
-# Runs a module as ``python -m`` does, with our own import path instead of one that
-# depends on the current directory: the child imports the very files we imported.
+# Runs a module as ``python -m`` does, but with the import path of this process, which
+# does not depend on the current directory.  So both import the same files.
 _BOOT = (
     "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "del sys.argv[:2]; "
@@ -41,23 +41,29 @@ class DemoError(ShmCacheError):
 
 
 def python(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module in a new Python like this one."""
+    """The command that runs a module in a new process of this Python."""
     return [sys.executable, "-c", _BOOT, json.dumps(sys.path), module, *arguments]
 
 
 class Server:
-    """A gunicorn serving the demo's app on a free loopback port, in a with block.
+    """A gunicorn that serves the demo's app, for the time of a with block.
 
-    The socket is bound here and handed over, so that no one else can take the port in
-    between.  Gunicorn is a process group of its own: Ctrl-C in a terminal goes to the
-    demo alone, which then ends gunicorn in good order.
+    It listens on a free loopback port.  The socket is bound here and handed over, so
+    that no other process can take the port in between.  Gunicorn is a process group of
+    its own, so that Ctrl-C in a terminal reaches only the demo, which then ends
+    gunicorn in good order.
+
+    Args:
+        workers: How many workers.
+        cache_name: The name of the shared cache; None for a dict in each worker.
+        stop: Tells whether the user wants the demo to end.
     """
 
     def __init__(self, workers: int, cache_name: str | None, stop: StopRequest) -> None:
         self.workers = workers
         self._cache_name = cache_name
         self._stop = stop
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - until _end
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - _end() closes it
 
     def __enter__(self) -> Self:
         with socket.socket() as listener:
@@ -88,7 +94,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where a browser finds it."""
+        """The address for a browser."""
         return "http://{}:{}/".format(*self.address)
 
     def check(self) -> None:
@@ -97,10 +103,13 @@ class Server:
             raise self._failure("gunicorn ended unexpectedly")
 
     def worker_memory(self) -> int | None:
-        """Bytes (PSS) of all workers without shared segments; None if unknown.
+        """The memory (PSS) of all workers in bytes, without shared segments.
 
-        PSS counts a memory page that n processes share as 1/n in each of them, so the
-        sum is what the machine really gives; RSS would count it n times.
+        PSS counts a page that n processes share as 1/n in each of them, so the sum is
+        the memory that is really taken; RSS would count the page n times.
+
+        Returns:
+            The bytes; None if they are unknown.
         """
         if sys.platform != "linux":
             return None
@@ -111,11 +120,11 @@ class Server:
                 for mapping in worker.memory_maps(grouped=True)
                 if not mapping.path.startswith(SHM_DIR)
             )
-        except psutil.Error:  # a worker went meanwhile, or /proc is closed to us
+        except psutil.Error:  # a worker has just ended, or /proc cannot be read
             return None
 
     def _spawn(self, listener: int, ready: int) -> subprocess.Popen[bytes]:
-        skip = ("GUNICORN_", "LISTEN_")  # settings meant for someone else's gunicorn
+        skip = ("GUNICORN_", "LISTEN_")  # settings that are meant for another server
         environ = {k: v for k, v in os.environ.items() if not k.startswith(skip)}
         environ[hooks.PARENT] = str(os.getpid())
         environ[hooks.CACHE] = self._cache_name or ""
@@ -147,29 +156,33 @@ class Server:
                 raise self._failure(f"{missing} gunicorn workers did not start")
             if select.select([ready], [], [], TICK)[0]:
                 came = os.read(ready, missing)
-                if not came:  # all ends closed: gunicorn is gone
+                if not came:  # all writers have closed the pipe: gunicorn has ended
                     raise self._failure("gunicorn did not start")
                 missing -= len(came)
 
     def _ended(self) -> bool:
-        """Whether the arbiter has ended; leaves it unreaped, so its PID stays ours."""
+        """Whether the arbiter has ended.
+
+        It is not reaped, so that its PID cannot be given to another process.
+        """
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self._process.pid, options) is not None
 
     def _end(self) -> None:
-        """End gunicorn and its workers: asked first, then forced."""
+        """End gunicorn: by SIGTERM, and after STOP_TIMEOUT by SIGKILL."""
         deadline = time.monotonic() + STOP_TIMEOUT
-        # Not by Popen.terminate(), which reaps first if it can, and frees the PID.
+        # Popen.terminate() would first reap a process that has ended, and so free its
+        # PID for another process.
         os.kill(self._process.pid, signal.SIGTERM)
         while not self._ended() and time.monotonic() < deadline:
             time.sleep(TICK / 5)
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # what has outlived it
+            os.killpg(self._process.pid, signal.SIGKILL)  # processes that are left
         self._process.wait()
         self._log.close()
 
     def _failure(self, what: str) -> DemoError:
-        """An error with the last thing that gunicorn said."""
+        """An error with the last error that gunicorn printed."""
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
         said = [line for line in lines if line.strip()]

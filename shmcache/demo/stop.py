@@ -1,4 +1,4 @@
-"""Ctrl-C and its kin."""
+"""Ctrl-C and other signals that end a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ TICK = 0.1  # s
 
 
 class Stopped(KeyboardInterrupt):
-    """The user, or the system, wants the demo to end."""
+    """The user, or the system, wants the run to end.
+
+    Args:
+        signum: The signal that said so.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -21,11 +25,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """A note that a signal to end has come; ``check()`` raises when it has.
+    """Records that a signal to end has come; then ``check()`` raises.
 
-    An exception raised by the signal handler itself could strike in the middle of
-    cleaning up, or between the start of a process and the line that remembers it.
-    So the handler only takes a note, and whoever waits looks at it every TICK.
+    If the signal handler itself raised, the exception could come in the middle of a
+    cleanup, or between the start of a process and the line that stores the process.  So
+    the handler only records the signal, and code that waits checks it every TICK.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -36,8 +40,9 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         for signum in self._SIGNALS:
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup, or a shell's &
-                self._before[signum] = signal.signal(signum, self._note)
+            # A signal that is ignored, by nohup or a shell's &, stays ignored.
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._before[signum] = signal.signal(signum, self._record)
         return self
 
     def __exit__(
@@ -49,7 +54,7 @@ class StopRequest:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
-    def _note(self, signum: int, _frame: FrameType | None) -> None:
+    def _record(self, signum: int, _frame: FrameType | None) -> None:
         self._signum = signum
 
     def check(self) -> None:

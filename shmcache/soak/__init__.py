@@ -1,26 +1,26 @@
-"""The soak: does memory stay flat, of the library, and of the user's own service?
+"""The soak: does the memory of worker processes stay flat?
 
-``shmcache soak`` runs real worker processes on a cache for as long as one likes, kills
-and recycles them, and watches what they hold: memory, descriptors, threads, shared
-memory, blocks and slots, handles.  ``shmcache soak --pid MASTER`` watches a server that
-runs already, and only reads ``/proc``.
+``shmcache soak`` runs real worker processes on a cache for as long as the user wants.
+It kills and recycles workers, and watches what they hold: memory, descriptors, threads,
+shared memory, blocks and slots, handles.  ``shmcache soak --pid MASTER`` watches a
+server that is running already, such as the user's own; then it only reads ``/proc``.
 
 Read in this order::
 
-    options.py   what can be asked for
-    load.py      what a worker does all day, from a seed or from a trace
+    options.py   the options of a run
+    load.py      the operations of a worker, from a seed or from a trace
     master.py    plain fork: a process that forks workers and replaces the dead
     app.py       the same work behind gunicorn
-    servers.py   either of them: started, prodded, ended
+    servers.py   either of them: how it is started and ended
     sampling.py  what is measured each second
     ledger.py    what must add up: blocks, slots, entries, handles
     verdict.py   flat or not: Theil-Sen slopes over workers that come and go
-    plot.py      lines as SVG
-    charts.py    which plots there are
-    report.py    the page with the plots, and the JSON of the samples
+    plot.py      line plots as SVG
+    charts.py    which plots a report has
+    report.py    the text, the page with the plots, and the JSON of the samples
     run.py       the run itself
 
-Nothing of this is imported with ``shmcache``.
+None of this is imported by ``import shmcache``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,16 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "shmcache soak") -> int:
-    """Run a soak; 0: flat and sound, 1: it is not, 2: it could not be run."""
+    """Run a soak.
+
+    Args:
+        argv: The command line; None for that of this process.
+        prog: The name of the command, for its help.
+
+    Returns:
+        The exit code: 0, memory is flat and everything adds up; 1, it is not so; 2,
+        the soak could not be run; 128 + N, signal N ended it.
+    """
     from shmcache.errors import ShmCacheError
     from shmcache.soak.options import parser
     from shmcache.soak.run import run_parsed
@@ -47,6 +56,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "shmcache soak") -> int:
         return 2
     except KeyboardInterrupt as stop:
         return 128 + int(getattr(stop, "signum", signal.SIGINT))
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

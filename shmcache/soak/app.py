@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def make_app() -> WSGIApplication:
-    """The WSGI app; loaded in each worker, which is one thread."""
+    """The WSGI app, which each worker loads; a worker has one thread."""
     traffic: list[Traffic] = []
 
     def app(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:

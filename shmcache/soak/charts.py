@@ -1,4 +1,4 @@
-"""Which plots a run has."""
+"""The plots of a run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from shmcache.soak.sampling import CacheSample, Process, Sample
 
 KIB, MIB = 1 << 10, 1 << 20
-STRETCH = 5  # samples over which a rate is taken
+STRETCH = 5  # samples from one point of a rate to the next
 
 
 def charts(record: Record) -> dict[str, Plot]:
-    """The plots of a run by a short name."""
+    """The plots of a run, each under a short name."""
     made = _Charts(record)
     found = {
         "memory": made.memory(),
@@ -129,7 +129,7 @@ class _Charts:
             self._rate(name, cause.lower().replace("_", " "), n, _removed(cause))
             for n, cause in enumerate(cause for cause in removed if removed[cause])
         ]
-        return self._plot(f"Entries of {name} that went, by cause", "1/s", *lines)
+        return self._plot(f"Entries removed from {name}, by cause", "1/s", *lines)
 
 
 def _removed(cause: str) -> Callable[[CacheSample], float]:
@@ -137,13 +137,16 @@ def _removed(cause: str) -> Callable[[CacheSample], float]:
 
 
 def rates(points: Points) -> Points:
-    """The growth of a counter in each second, over some samples each."""
+    """The growth of a counter per second, taken over STRETCH samples each."""
     spread = points[::STRETCH]
     return [(t, (v - v0) / (t - t0)) for (t0, v0), (t, v) in pairwise(spread) if t > t0]
 
 
 def lanes(samples: Sequence[Sample]) -> list[Line]:
-    """A line for each place of a worker: who follows a dead one takes its colour."""
+    """Lines of the workers' memory, one for each place of a worker.
+
+    A worker that replaces a dead one takes over its place, and so its colour.
+    """
     place: dict[tuple[int, float], int] = {}
     pieces: dict[int, dict[tuple[int, float], Points]] = {}
     for sample in samples:

@@ -1,9 +1,10 @@
-"""What a worker does all day: operations on a cache, a handle map, or both.
+"""The operations of a worker: on a cache, a handle map, or both.
 
-Keys follow Zipf's law, or a trace.  Which keys are popular drifts, and so do the sizes
-of the values: what a cache holds after an hour has nothing to do with what it held at
-the beginning.  A value says whose it is, so one that comes back under another key, or
-torn, is seen.  A handle is a descriptor and some memory: lost ones show.
+Keys follow Zipf's law, or a trace.  Which keys are popular changes slowly, and so do
+the sizes of the values: after an hour a cache holds quite different entries than at the
+beginning.  Each value contains its key, so a value that comes back under another key,
+or torn, is recognised.  A handle is a descriptor and some memory, so lost handles show
+in the figures of the process.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ if TYPE_CHECKING:
 
     from shmcache import Cause
 
-SETTINGS = "SHMCACHE_SOAK"  # the environment variable with a Load as JSON
-FAULTS = "SHMCACHE_SOAK_FAULTS"  # a pipe: a line for each fault that a worker met
+# Environment variables: a Load as JSON, and the descriptor of a pipe to which workers
+# write a line for each fault.
+SETTINGS = "SHMCACHE_SOAK"
+FAULTS = "SHMCACHE_SOAK_FAULTS"
 
-BATCH = 20  # operations
-KEYS = 20_000  # that are popular at one time
+BATCH = 20  # operations of a batch
+KEYS = 20_000  # keys that are in use at one time
 MAX_ENTRIES, MAX_BYTES, TTL = 2000, 2 << 20, 20.0
 MAX_HANDLES, HANDLE_TTL = 120, 15.0
 HANDLE_BYTES = 4000
-LONGEST = 1_000_000  # accesses of a trace
-LEAK_BYTES = 200_000  # a batch
+LOCK_TIMEOUT = 60.0  # s; the machine may be very busy
+LONGEST = 1_000_000  # accesses that are taken from a trace
+LEAK_BYTES = 200_000  # that a leaking worker takes in each batch
 FEW = 400  # descriptors or threads that a leaking worker takes at most
 
 
@@ -44,20 +48,20 @@ FEW = 400  # descriptors or threads that a leaking worker takes at most
 class Load:
     """What a worker must know."""
 
-    name: str  # caches are called NAME-cache and NAME-handles
+    name: str  # the caches are called NAME-cache and NAME-handles
     profile: str
     seed: int
-    rate: float  # operations a second of one worker
-    trace: str | None = None
-    leak: str | None = None
+    rate: float  # operations of one worker per second
+    trace: str | None = None  # the path of a trace
+    leak: str | None = None  # what to leak on purpose, for the self-test
 
     def to_json(self) -> str:
-        """For the environment of the workers."""
+        """This load as a text for the environment of the workers."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_environment(cls) -> Load:
-        """In a worker."""
+        """The load that the environment of this worker describes."""
         return cls(**json.loads(os.environ[SETTINGS]))
 
 
@@ -67,7 +71,7 @@ def uses(profile: str) -> tuple[bool, bool]:
 
 
 def open_cache(name: str) -> Cache:
-    """The cache of a run."""
+    """The cache of the run with this name."""
     return Cache(
         f"{name}-cache",
         max_entries=MAX_ENTRIES,
@@ -75,18 +79,18 @@ def open_cache(name: str) -> Cache:
         ttl=TTL,
         jitter=0.2,
         cleanup_interval=1.0,
-        lock_timeout=60.0,  # the machine may be as busy as it likes
+        lock_timeout=LOCK_TIMEOUT,
     )
 
 
 def open_handles(name: str) -> HandleMap:
-    """The handle map of a run."""
+    """The handle map of the run with this name."""
     return HandleMap(
         f"{name}-handles",
         max_entries=MAX_HANDLES,
         ttl=HANDLE_TTL,
         cleanup_interval=1.0,
-        lock_timeout=60.0,
+        lock_timeout=LOCK_TIMEOUT,
         on_evict=_close,
     )
 
@@ -101,7 +105,7 @@ class Resource:
         self.data = bytes(HANDLE_BYTES)
 
     def close(self) -> None:
-        """Give it back; a second time is an error."""
+        """Close the descriptor; a second call is an error."""
         fd, self.fd = self.fd, -1
         os.close(fd)
 
@@ -111,13 +115,18 @@ def _close(_key: Any, resource: Resource, _cause: Cause) -> None:
 
 
 def fault(what: str) -> None:
-    """Tell the run, in one line, that something is wrong."""
+    """Report to the run, in one line, that something is wrong."""
     line = f"worker {os.getpid()}: {what}".replace("\n", " ")[:400]
     os.write(int(os.environ[FAULTS]), f"{line}\n".encode())
 
 
 def accesses(path: str) -> Iterator[int]:
-    """The numbers of a trace, in their order."""
+    """The accesses of a trace, as numbers in their order.
+
+    Args:
+        path: A file of 32-bit big-endian numbers (.xz), or of one number on each line
+            (.gz or plain).
+    """
     if path.endswith(".xz"):
         with lzma.open(path) as file:
             while piece := file.read(4 * 8192):
@@ -130,7 +139,7 @@ def accesses(path: str) -> Iterator[int]:
     )
     with opened as lines:
         for line in lines:
-            if line.strip().isdecimal():  # others are marks
+            if line.strip().isdecimal():  # other lines are marks, not accesses
                 yield int(line)
 
 
@@ -153,13 +162,14 @@ class Traffic:
         self._on_handles = self._churn_handles if churn else self._use_handles
 
     def _zipf(self) -> Iterator[int]:
-        # The n-th most popular key is asked for in proportion to 1/n, and every
-        # hundredth operation another key becomes the most popular one.
+        # The n-th most popular key is used in proportion to 1/n.  After each 100
+        # operations all ranks move by one key, so that another key is the most popular.
         for step in itertools.count():
             yield int(KEYS ** self._rng.random()) + step // 100
 
     def _traced(self, path: str) -> Iterator[int]:
-        # Read at once: a decoder at work all the time is memory that grows for minutes.
+        # The trace is read at the beginning, because the memory of a decoder that works
+        # all the time would grow for minutes.
         numbers = array("Q", itertools.islice(accesses(path), LONGEST))
         if not numbers:
             raise ValueError(f"{path} has no accesses")
@@ -169,7 +179,7 @@ class Traffic:
             at = (at + 1) % len(numbers)
 
     def batch(self) -> None:
-        """Some operations; a fault is reported, and the worker goes on."""
+        """Do some operations.  A fault is reported, and the worker goes on."""
         self._batches += 1
         try:
             for _ in range(BATCH):
@@ -184,16 +194,16 @@ class Traffic:
             fault(f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Leave cache and map, closing the handles of this worker."""
+        """Close the handles of this worker, and leave the cache and the map."""
         if self._handles is not None and not self._handles.close(timeout=60.0):
-            fault("callbacks were still at work after a minute")
+            fault("callbacks were still running after a minute")
         if self._cache is not None:
             self._cache.close()
 
     # --- a cache --------------------------------------------------------------------
 
     def _size(self) -> int:
-        # The usual size doubles and halves again in the course of some minutes.
+        # The usual size grows to 2.7 times and falls again in the course of minutes.
         drift = abs(self._batches % 20_000 - 10_000) / 10_000
         return int(self._rng.lognormvariate(5.0 + drift, 1.0)) % 16_000
 
@@ -231,7 +241,7 @@ class Traffic:
                 self._verify(str(found), value)
 
     def _churn_cache(self, cache: Cache, number: int) -> None:
-        # Hardly a key comes twice; sizes from nothing to a hundredth of the cache.
+        # Hardly any key is used twice.  Sizes are up to a hundredth of the cache.
         key = f"{number % 7}-{self._serial}-{next(self._fresh)}"
         size = int(20_000 ** self._rng.random())
         data = (f"{key}|".encode() * (size // len(key) + 1))[:size]

@@ -1,7 +1,8 @@
-"""Plain fork: a process that forks workers, and others in place of those that die.
+"""Plain fork: a process that forks workers, and replaces those that die.
 
 SIGTERM ends it in good order, and so does the death of the process that started it.
-It uses no cache itself, so its workers begin with what importing the code takes.
+The process does not use the cache itself, so its workers begin with no more memory than
+the import of the code takes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Master:
         self._serial = 0
 
     def run(self) -> None:
-        """Until told to end."""
+        """Fork workers and replace them, until a signal ends the run."""
         for signum in _SIGNALS:
             signal.signal(signum, self._end)
         hooks.on_starting(None)
@@ -40,7 +41,7 @@ class Master:
             self._children.discard(pid)
             if status not in (0, signal.SIGKILL):
                 fault(f"process {pid} ended with status {status}")
-                time.sleep(0.5)  # what fails at once is not to be tried for ever
+                time.sleep(0.5)  # workers that fail at once are not forked in a rush
             if not self._ending:
                 self._spawn()
 
@@ -53,14 +54,15 @@ class Master:
     def _spawn(self) -> None:
         self._serial += 1
         parent = os.getpid()
-        # A signal must find the child either unborn or in the set.
+        # Signals are blocked from before the fork until the child is in the set, so
+        # that the handler never misses a child.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             pid = 0 if self._ending else os.fork()
             if pid:
                 self._children.add(pid)
             elif not self._ending:
-                hooks._end_with(parent)
+                hooks.end_with(parent)
                 _work(self._load, self._serial)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -78,11 +80,15 @@ def _work(load: Load, serial: int) -> None:
     due = time.monotonic()
     while not end:
         traffic.batch()
-        # Late is late: a machine that was busy is not made up for in a rush.
+        # A worker that is late does not make up for more than a second.
         due = max(due + pause, time.monotonic() - 1.0)
         while not end and (left := due - time.monotonic()) > 0:
             time.sleep(min(0.1, left))
     traffic.close()
+    # At its end Python restores the default handlers.  A second SIGTERM, which the
+    # master sends to all its children when the run ends, would then count as a failure.
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     sys.exit(0)
 
 

@@ -1,7 +1,7 @@
-"""Line plots as inline SVG: lines, areas, marks, nothing else.
+"""Line plots as inline SVG: lines, areas and marks.
 
-Colours are CSS variables, so that a page follows the reader's dark mode; a plot that
-stands alone carries its own.
+Colours are CSS variables, so that a page follows the reader's dark mode.  A plot in a
+file of its own contains the definitions of these variables.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Points = list[tuple[float, float]]
 
 WIDTH, HEIGHT = 760, 240
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 44, 30
-MOST = 400  # points of a line: what 684 pixels can show
+MOST = 400  # points of a line; more cannot be seen in 684 pixels
 
 STYLE = """
 svg{--ink:#1f2933;--faint:#7b8794;--grid:#e4e7eb;--paper:#fff;--c0:#2563eb;
@@ -37,7 +37,7 @@ svg .through{opacity:.3;stroke-width:.8}
 
 @dataclass(frozen=True)
 class Line:
-    """One quantity: pieces of a line in one colour."""
+    """One quantity: a line in one colour, which may have gaps."""
 
     label: str
     pieces: list[Points]
@@ -45,13 +45,13 @@ class Line:
     area: bool = False
 
     def points(self) -> Points:
-        """Of all pieces."""
+        """The points of all pieces."""
         return [point for piece in self.pieces for point in piece]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Some lines over one time axis."""
+    """Several lines over one time axis."""
 
     title: str
     unit: str
@@ -61,7 +61,7 @@ class Plot:
     warm_up: float = 0.0
 
     def svg(self, *, alone: bool = False) -> str:
-        """The plot; ``alone``: as a file of its own."""
+        """The plot as SVG; with ``alone`` it can be a file of its own."""
         box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
         label = f'aria-label="{escape(self.title)}"'
         parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {box} {label}>']
@@ -76,7 +76,7 @@ class Plot:
 
     @cached_property
     def _scale(self) -> tuple[float, float]:
-        # Of the upper end of the axis, and from grid line to grid line.
+        # The upper end of the axis, and the step from grid line to grid line.
         return scale(
             max((v for line in self.lines for _, v in line.points()), default=1)
         )
@@ -137,7 +137,7 @@ class Plot:
                 parts.append(
                     f'<polygon class="area" points="{around}" style="fill:{colour}"/>'
                 )
-            if len(kept) == 1:  # of a worker that was met once
+            if len(kept) == 1:  # a worker that is in one sample only
                 x, y = path.split(",")
                 parts.append(
                     f'<circle cx="{x}" cy="{y}" r="1.6" style="fill:{colour}"/>'
@@ -169,7 +169,16 @@ class Plot:
 
 
 def scale(most: float, *, times: bool = False) -> tuple[float, float]:
-    """A round number not below ``most``, and the step from grid line to grid line."""
+    """The scale of an axis.
+
+    Args:
+        most: The largest value.
+        times: Whether the values are seconds.
+
+    Returns:
+        The upper end of the axis, which is not below ``most``; and the step from grid
+        line to grid line.
+    """
     if times:
         steps = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
         step = next((float(s) for s in steps if most / s <= 9), most / 8 or 1.0)
@@ -183,7 +192,7 @@ def scale(most: float, *, times: bool = False) -> tuple[float, float]:
 
 
 def short(value: float) -> str:
-    """A number for an axis: 12k, 3M."""
+    """A number as an axis shows it: 12k, 3M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
@@ -191,7 +200,7 @@ def short(value: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A time for an axis: 45 s, 12:30, 3 h."""
+    """A time as an axis shows it: 45 s, 12:30, 3 h."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds else "0"
     if seconds < 3600:
@@ -200,7 +209,7 @@ def clock(seconds: float) -> str:
 
 
 def reduced(points: Points, most: int) -> Points:
-    """At most so many points, with the extremes of what was left out."""
+    """At most ``most`` points; the lowest and highest of each piece are kept."""
     if len(points) <= most:
         return points
     step = -(-len(points) // max(1, most // 2))

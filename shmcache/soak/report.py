@@ -1,4 +1,4 @@
-"""What a run says in the end: text, a page with plots, and the samples as JSON."""
+"""The report of a run: text, a page with plots, and the samples as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 
 def machine() -> dict[str, str]:
-    """Where and with what it ran."""
+    """The machine and the versions with which it ran."""
     versions = {"psutil": metadata.version("psutil")}
     for package in ("gunicorn", "msgpack", "xxhash"):
         try:
@@ -53,7 +53,7 @@ def _cpu() -> str:
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """The figures of a run."""
+    """The figures of a run, under names for people."""
     figures: dict[str, Any] = {
         "seconds": round(record.seconds, 1),
         "samples": len(record.samples),
@@ -87,19 +87,21 @@ def _middle(record: Record, of: Callable[[Any], int]) -> float:
 
 
 def conclusion(record: Record) -> str:
-    """One sentence."""
+    """The result of a run in one sentence."""
     if record.leaks:
         grown = ", ".join(j.quantity for j in record.leaks)
         return f"It leaks: {grown}."
     if record.findings:
-        return f"{len(record.findings)} things do not add up; see below."
+        count = len(record.findings)
+        what = "1 thing does" if count == 1 else f"{count} things do"
+        return f"{what} not add up; see below."
     if not any(j.judged for j in record.judgements if "worker" in j.quantity):
         return "Everything adds up; no worker lived long enough to be judged."
     return "Flat, and everything adds up."
 
 
 def text(record: Record) -> str:
-    """For the terminal."""
+    """The report for a terminal."""
     options = record.options
     head = f"profile {options.profile}, {options.server}, {options.workers} workers"
     if options.pid is not None:
@@ -120,7 +122,7 @@ def _shown(value: object) -> str:
 
 
 def figures(record: Record) -> dict[str, Any]:
-    """For machines."""
+    """The report for programs; ``json.dumps`` accepts it."""
     return {
         "options": record.options.as_dict(),
         "machine": machine(),
@@ -168,8 +170,8 @@ body{{color:#e4e7eb;background:#1b222b}} th,td{{border-color:#323f4b}}
 <h2>Verdict</h2>
 <div class="scroll">{verdict}</div>
 <h2>Plots</h2>
-<p class="dim">Grey: warm-up, not judged. Above the plots: kills and recycled workers.
-Memory is without the shared segments.</p>
+<p class="dim">The grey part is the warm-up, which is not judged. The marks above the
+plots are killed and recycled workers. Memory is without the shared segments.</p>
 <div class="plots">{plots}</div>
 <h2>Figures</h2>
 <div class="scroll">{summary}</div>
@@ -180,7 +182,7 @@ Memory is without the shared segments.</p>
 
 
 def page(record: Record) -> str:
-    """The report as one HTML file that needs nothing else."""
+    """The report as one HTML file, which loads nothing from elsewhere."""
     findings = "".join(f"<li>{escape(finding)}</li>" for finding in record.findings)
     return _PAGE.format(
         style=STYLE,

@@ -1,4 +1,8 @@
-"""The run: start, sample, prod, look, end; then judge and report."""
+"""The run: start the workers, sample, kill and recycle, end; then judge and report.
+
+``Watch`` takes the samples.  ``Guest`` watches a server that somebody else has started;
+``Host`` starts workers, kills and recycles them, and keeps the books of their caches.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from shmcache._segment.create import SHM_DIR
+from shmcache._segment.names import SHM_DIR
+from shmcache.cache import Cache
 from shmcache.demo.progress import progress
 from shmcache.demo.stop import Stopped, StopRequest
 from shmcache.soak import ledger, report, sampling
-from shmcache.soak.load import Load, open_cache, open_handles, uses
+from shmcache.soak.load import LOCK_TIMEOUT, Load, open_cache, open_handles, uses
 from shmcache.soak.options import SoakError, for_self_test, from_namespace, run_name
 from shmcache.soak.servers import Gunicorn, Server, halt
 from shmcache.soak.verdict import judge_all
@@ -27,7 +32,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from shmcache import Cache
     from shmcache.handles import HandleMap
     from shmcache.soak.options import Options
     from shmcache.soak.sampling import CacheSample, Process, Sample
@@ -41,19 +45,20 @@ MIB = 1 << 20
 
 @dataclass
 class Record:
-    """What a run has seen, and what came of it."""
+    """What a run has seen, and the verdict on it."""
 
     options: Options
-    began: float = field(default_factory=time.time)
+    began: float = field(default_factory=time.time)  # by the wall clock, in s
     samples: list[Sample] = field(default_factory=list)
+    # What was done and when, in s since the beginning: kill, recycle, died.
     marks: list[tuple[float, str]] = field(default_factory=list)
-    findings: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)  # what does not add up
     judgements: list[Judgement] = field(default_factory=list)
-    seconds: float = 0.0  # really run
+    seconds: float = 0.0  # how long it really ran
     stopped_by: int = 0  # the signal that ended it early
     checks: int = 0
-    died: int = 0  # handles open in workers at the moment they were killed
-    final: dict[str, CacheSample] = field(default_factory=dict)  # all workers gone
+    died: int = 0  # handles that killed workers had open when they were killed
+    final: dict[str, CacheSample] = field(default_factory=dict)  # after the last worker
 
     @property
     def leaks(self) -> list[Judgement]:
@@ -70,12 +75,17 @@ class Record:
         return 0
 
     def count(self, kind: str) -> int:
-        """How often something was done."""
+        """How many marks of a kind there are."""
         return sum(kind == known for _, known in self.marks)
 
 
 class Watch:
-    """Samples taken in time, until the end of a run."""
+    """Takes the samples of a run, until its end.
+
+    Args:
+        options: The options of the run.
+        stop: Tells whether the user wants the run to end.
+    """
 
     def __init__(self, options: Options, stop: StopRequest) -> None:
         self.options = options
@@ -85,16 +95,16 @@ class Watch:
         self._began = time.monotonic()
 
     def now(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the beginning of the run."""
         return time.monotonic() - self._began
 
     def say(self, finding: str) -> None:
-        """Something does not add up."""
+        """Record that something does not add up."""
         if len(self.record.findings) < MOST_FINDINGS:
             self.record.findings.append(f"at {self.now():.0f} s: {finding}")
 
     def loop(self) -> None:
-        """Sample until the time is over, the watched end, or somebody stops us."""
+        """Take samples until the time is over, the workers end, or a signal comes."""
         options, record = self.options, self.record
         self._began = time.monotonic()
         due = 0.0
@@ -137,22 +147,26 @@ class Watch:
         parts.append(f"{len(record.findings)} faults" if record.findings else "sound")
         return ", ".join(parts)
 
-    # --- what a kind of watch does its own way --------------------------------------
+    # --- what each kind of watch does in its own way --------------------------------
 
     def going(self) -> bool:
-        """Whether what is watched is still there."""
+        """Whether the watched server is still running."""
         return True
 
     def prod(self, now: float) -> None:
-        """Kill, recycle, check: whatever is due."""
+        """Kill, recycle or check, if that is due at ``now``."""
 
     def sample(self) -> Sample:
-        """Measure everything once."""
+        """Measure all processes and caches once."""
         raise NotImplementedError
 
 
 class Guest(Watch):
-    """The watch over a server that somebody else has started, which is not touched."""
+    """The watch over a server that somebody else has started; it only looks.
+
+    Raises:
+        SoakError: There is no such process, or this user may not look at it.
+    """
 
     def __init__(self, options: Options, stop: StopRequest) -> None:
         super().__init__(options, stop)
@@ -171,14 +185,14 @@ class Guest(Watch):
             ) from error
 
     def going(self) -> bool:
-        """Whether the master still runs."""
+        """Whether the master is still running."""
         zombie = psutil.STATUS_ZOMBIE
         with suppress(psutil.NoSuchProcess):
             return self._master.is_running() and self._master.status() != zombie
         return False
 
     def sample(self) -> Sample:
-        """The processes, and what they have mapped in /dev/shm."""
+        """Measure the processes, and what they have mapped in /dev/shm."""
         workers: list[psutil.Process] = []
         with suppress(psutil.NoSuchProcess):
             workers = self._master.children(recursive=True)
@@ -199,14 +213,15 @@ def _measured(process: psutil.Process, now: float) -> Process | None:
 
 
 class Host(Watch):
-    """The watch over workers of our own, which are killed and recycled."""
+    """The watch over workers that this run has started, and kills and recycles."""
 
     def __init__(self, options: Options, stop: StopRequest) -> None:
         super().__init__(options, stop)
         self.name = run_name()
         self._rng = random.Random(options.seed)  # noqa: S311 - repeatable
-        self._expected: set[int] = set()  # PIDs that we have sent away
-        self._known: set[int] = set()
+        self._expected: set[int] = set()  # PIDs of workers that were told to end
+        self._known: set[int] = set()  # PIDs of workers in the last sample
+        # Workers that had an unknown number of handles open when they died.
         self._uncertain = 0
         self._due = {
             what: every
@@ -220,7 +235,7 @@ class Host(Watch):
         self._every = dict(self._due)
 
     def run(self) -> Record:
-        """From the start of the server to the last name in /dev/shm."""
+        """Run from the start of the server until the last name in /dev/shm is gone."""
         options = self.options
         with_cache, with_handles = uses(options.profile)
         load = Load(
@@ -239,7 +254,10 @@ class Host(Watch):
                 self._caches["cache"] = stack.enter_context(open_cache(self.name))
             if with_handles:
                 self._handles = stack.enter_context(open_handles(self.name))
-                self._caches["handles"] = self._handles._registry
+                # The entries of a handle map are a cache like any other one.
+                self._caches["handles"] = stack.enter_context(
+                    Cache.attach(self._handles.name, lock_timeout=LOCK_TIMEOUT)
+                )
             self._server = stack.enter_context(kind(options.workers, load, self._stop))
             self.loop()
             for complaint in self._server.end():
@@ -249,7 +267,7 @@ class Host(Watch):
         return self.record
 
     def going(self) -> bool:
-        """Whether the server runs; its end is a finding."""
+        """Whether the server is running; an end of it is a finding."""
         if not self._server.ended():
             return True
         self.say(f"the server ended unexpectedly: {self._server.said()}")
@@ -258,7 +276,7 @@ class Host(Watch):
     # --- sampling -------------------------------------------------------------------
 
     def sample(self) -> Sample:
-        """Processes, names, books."""
+        """Measure the processes, the names in /dev/shm, and the caches."""
         for complaint in self._server.faults():
             self.say(complaint)
         rows: dict[int, ledger.Row] = {}
@@ -296,7 +314,7 @@ class Host(Watch):
     # --- prodding -------------------------------------------------------------------
 
     def prod(self, now: float) -> None:
-        """Kill, recycle and check when it is time."""
+        """Kill, recycle or check, if that is due at ``now``."""
         actions: dict[str, Callable[[], bool]] = {
             "kill": self._kill,
             "recycle": self._recycle,
@@ -307,7 +325,7 @@ class Host(Watch):
                 self._due[what] = now + self._every[what]
 
     def _pick(self) -> psutil.Process | None:
-        # One that works already, and has not been told to go.
+        # A worker at random that uses the caches and has not been told to end.
         tokens = {pid for c in self._caches.values() for pid in ledger.read_rows(c)}
         able = [
             w
@@ -321,7 +339,8 @@ class Host(Watch):
         if victim is None:
             return False
         self._expected.add(victim.pid)
-        # What it has open when it dies; read while it moves, it is but a guess.
+        # While the worker stands still its row says what it has open.  If it does not
+        # stand still, the number that is read is uncertain.
         self._uncertain += not halt(victim)
         if "handles" in self._caches:
             row = ledger.read_rows(self._caches["handles"]).get(victim.pid)
@@ -351,7 +370,7 @@ class Host(Watch):
     # --- the end --------------------------------------------------------------------
 
     def _settle(self) -> None:
-        # The workers have gone: what they left, and what is missing.
+        # All workers have ended.  Says what they left behind, and what is missing.
         if self._handles is not None:
             self._handles.sweep()
             stats = self._handles.stats().host
@@ -371,7 +390,11 @@ class Host(Watch):
 
 
 def run(options: Options) -> Record:
-    """Run one soak, print its verdict, write its reports."""
+    """Run one soak, print its verdict, and write its reports.
+
+    Raises:
+        SoakError: The soak cannot run, or a report cannot be written.
+    """
     _refuse_short(options)
     with StopRequest() as stop:
         if options.pid is not None:
@@ -389,7 +412,7 @@ def run(options: Options) -> Record:
 
 
 def run_parsed(namespace: argparse.Namespace) -> int:
-    """Do what a command line with ``add_options`` asks for; the exit code."""
+    """Do what a parsed command line asks for; returns the exit code."""
     options = from_namespace(namespace)
     return self_test(options) if options.self_test else run(options).status
 
@@ -398,7 +421,7 @@ def _refuse_short(options: Options) -> None:
     judged = (options.seconds - options.warm_up) / options.interval
     if judged < FEWEST:
         needed = FEWEST * options.interval
-        # Left to us, the warm-up is a quarter of the run.
+        # Unless the user gives it, the warm-up is a quarter of the run.
         least = math.ceil(max(options.warm_up + needed, needed / 0.75))
         raise SoakError(
             f"{options.seconds:g} s with a warm-up of {options.warm_up:g} s leave"
@@ -421,7 +444,11 @@ def _write(path: str | None, content: Callable[[], str]) -> None:
 
 
 def self_test(options: Options) -> int:
-    """A clean run must pass, and a leak be found; 0 if both is so."""
+    """Test this tool: a clean run must pass, and a leak must be found.
+
+    Returns:
+        The exit code: 0 if both is so.
+    """
     failed = []
     clean = run(for_self_test(options, None))
     if clean.stopped_by:

@@ -1,8 +1,8 @@
 """What is measured: processes by /proc, names in /dev/shm, a cache's own counts.
 
-Shared memory is left out of a process's figures: it is one thing, whoever touched how
-much of it, and a page that only one process has touched so far would count as that
-one's alone.
+Shared memory is left out of the figures of a process.  It exists once, however many
+processes have touched it, and a page that only one process has touched so far would
+count as private memory of that process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from shmcache._segment.create import SHM_DIR
+from shmcache._segment.names import SHM_DIR
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from shmcache import Cache
     from shmcache.soak import ledger
 
-# Above this many, every second sample is forgotten and the interval doubles.
+# Above this number of samples every second one is dropped, and the interval doubles.
 LIMIT = 8000
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process at one moment; bytes are without shared memory segments."""
+    """One process at one moment.  Memory is in bytes, without shared segments."""
 
     pid: int
-    started: float  # wall clock; with the PID it tells processes apart
+    started: float  # by the wall clock, in s; with the PID it identifies a process
     age: float  # s
     uss: int
     pss: int
@@ -39,13 +39,13 @@ class Process:
     shared: int  # bytes of segments in /dev/shm that it has touched
     descriptors: int
     threads: int
-    handles: int  # open ones
-    waiting: int  # of those, how many are in the map no more
+    handles: int  # open handles
+    waiting: int  # open handles that are no longer in the map
 
 
 @dataclass(frozen=True)
 class CacheSample:
-    """One cache at one moment; counts are since its creation."""
+    """One cache at one moment.  Counts are since its creation."""
 
     entries: int
     bytes_used: int
@@ -69,17 +69,17 @@ class CacheSample:
 
 @dataclass(frozen=True)
 class Sample:
-    """Everything at one moment."""
+    """All processes and caches at one moment."""
 
-    t: float  # s since the beginning
+    t: float  # s since the beginning of the run
     master: Process | None
     workers: list[Process]
-    shm: dict[str, int]  # names and their bytes
+    shm: dict[str, int]  # names in /dev/shm, with their bytes
     caches: dict[str, CacheSample] = field(default_factory=dict)
 
     @property
     def operations(self) -> int:
-        """Lookups, stores and handles so far."""
+        """How many lookups and stores there were so far."""
         return sum(c.hits + c.misses + c.sets for c in self.caches.values())
 
 
@@ -89,7 +89,17 @@ def measure(
     rows: dict[int, ledger.Row],
     entries: dict[int, int],
 ) -> Process | None:
-    """One process, or None if it has just ended."""
+    """Measure one process.
+
+    Args:
+        process: The process.
+        now: The time by the wall clock, in s.
+        rows: The rows of the workers, by PID.
+        entries: How many entries each worker has in the map, by token.
+
+    Returns:
+        The figures; None if the process has just ended.
+    """
     row = rows.get(process.pid)
     try:
         with process.oneshot():
@@ -107,7 +117,7 @@ def measure(
         uss += mapping.private_clean + mapping.private_dirty
         pss += mapping.pss
         rss += mapping.rss
-    if not rss:  # it is ending: its memory has gone
+    if not rss:  # it is about to end and has given back its memory
         return None
     return Process(
         pid=process.pid,
@@ -125,7 +135,7 @@ def measure(
 
 
 def mapped_names(processes: Iterable[psutil.Process]) -> dict[str, int]:
-    """The files of /dev/shm that processes have mapped, and their sizes."""
+    """The files of /dev/shm that processes have mapped, with their bytes."""
     found: dict[str, int] = {}
     for process in processes:
         with suppress(psutil.Error):
@@ -137,7 +147,7 @@ def mapped_names(processes: Iterable[psutil.Process]) -> dict[str, int]:
 
 
 def names_of(run: str) -> dict[str, int]:
-    """The names in /dev/shm of the caches of a run, and their sizes."""
+    """The names in /dev/shm of the caches of a run, with their bytes."""
     ours = (f"shmcache-{os.geteuid()}-{run}-", f"sem.shmcache-{os.geteuid()}-{run}-")
     return {
         name: _size(name)
@@ -153,7 +163,7 @@ def _size(name: str) -> int:
 
 
 def look(cache: Cache, books: ledger.Books) -> CacheSample:
-    """A cache's counts."""
+    """A cache's counts, together with its balances."""
     stats = cache.stats()
     return CacheSample(
         entries=stats.entries,
@@ -178,5 +188,5 @@ def look(cache: Cache, books: ledger.Books) -> CacheSample:
 
 
 def thin(samples: Sequence[Sample]) -> list[Sample]:
-    """Every second sample, so that a month's fit into memory."""
+    """Every second sample, so that the samples of a month fit into memory."""
     return list(samples[::2])

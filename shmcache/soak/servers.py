@@ -1,4 +1,4 @@
-"""Worker processes under plain fork or gunicorn: started, prodded, ended."""
+"""Worker processes under plain fork or gunicorn: how they are started and ended."""
 
 from __future__ import annotations
 
@@ -32,18 +32,23 @@ STOP_TIMEOUT = 120.0
 
 
 class Server:
-    """A master with its workers, which fork by themselves, in a with block.
+    """A master that forks workers, for the time of a with block.
 
-    It is a process group of its own: Ctrl-C in a terminal goes to the soak alone, which
-    then ends the master in good order.  Should the soak die, the kernel tells the
-    master, and should that one die, the workers.
+    The master and its workers are a process group of their own, so that Ctrl-C in a
+    terminal reaches only the soak, which then ends the master in good order.  If the
+    soak dies, the kernel ends the master, and if the master dies, the workers.
+
+    Args:
+        workers: How many workers.
+        load: What they do.
+        stop: Tells whether the user wants the soak to end.
     """
 
     def __init__(self, workers: int, load: Load, stop: StopRequest) -> None:
         self.wanted = workers
         self._load = load
         self._stop = stop
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - until end()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - end() closes it
         self._started = False
 
     def __enter__(self) -> Self:
@@ -82,7 +87,7 @@ class Server:
         return python("shmcache.soak.master", str(self.wanted))
 
     def _start(self, ready: int, faults: int, *more: int) -> None:
-        skip = ("GUNICORN_", "LISTEN_")  # settings meant for someone else's gunicorn
+        skip = ("GUNICORN_", "LISTEN_")  # settings that are meant for another server
         environ = {k: v for k, v in os.environ.items() if not k.startswith(skip)}
         environ[hooks.PARENT] = str(os.getpid())
         environ[hooks.CACHE] = ""
@@ -101,7 +106,7 @@ class Server:
         )
 
     def _wait_ready(self, ready: int) -> None:
-        # Every worker writes a byte when it can work.
+        # Each worker writes a byte when it is ready.
         deadline = time.monotonic() + START_TIMEOUT
         missing = self.wanted
         while missing > 0:
@@ -110,25 +115,28 @@ class Server:
                 raise SoakError(f"{missing} workers did not start: {self.said()}")
             if select.select([ready], [], [], TICK)[0]:
                 came = os.read(ready, missing)
-                if not came:  # all ends closed: the master is gone
+                if not came:  # all writers have closed the pipe: the master has ended
                     raise SoakError(f"the server did not start: {self.said()}")
                 missing -= len(came)
 
     # --- while it runs --------------------------------------------------------------
 
     def workers(self) -> list[psutil.Process]:
-        """The workers as they are now, without zombies."""
+        """The workers that are alive now."""
         with suppress(psutil.NoSuchProcess):
             return [p for p in self.master.children() if _alive(p)]
         return []
 
     def ended(self) -> bool:
-        """Whether the master has ended; leaves it unreaped, so its PID stays ours."""
+        """Whether the master has ended.
+
+        It is not reaped, so that its PID cannot be given to another process.
+        """
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self._process.pid, options) is not None
 
     def faults(self) -> list[str]:
-        """What workers have complained of since the last call."""
+        """The faults that workers have reported since the last call."""
         data = b""
         with suppress(BlockingIOError):
             while piece := os.read(self._faults, 1 << 16):
@@ -136,7 +144,7 @@ class Server:
         return data.decode(errors="replace").splitlines()
 
     def said(self) -> str:
-        """The last thing that the server said."""
+        """The last line that the server printed."""
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
         said = [line.strip() for line in lines if line.strip()]
@@ -145,18 +153,23 @@ class Server:
     # --- the end --------------------------------------------------------------------
 
     def end(self) -> list[str]:
-        """End master and workers, asked first, then forced; what had to be forced."""
+        """End master and workers: by SIGTERM, and after STOP_TIMEOUT by SIGKILL.
+
+        Returns:
+            A complaint if SIGKILL was needed, and the last faults of the workers.
+        """
         if not self._started:
             return []
         self._started = False
         deadline = time.monotonic() + STOP_TIMEOUT
-        # Not by Popen.terminate(), which reaps first if it can, and frees the PID.
+        # Popen.terminate() would first reap a process that has ended, and so free its
+        # PID for another process.
         os.kill(self._process.pid, signal.SIGTERM)
         while not self.ended() and time.monotonic() < deadline:
             time.sleep(TICK / 5)
         forced = [] if self.ended() else [f"the server did not end: {self.said()}"]
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # what has outlived it
+            os.killpg(self._process.pid, signal.SIGKILL)  # processes that are left
         self._process.wait()
         forced += self.faults()
         os.close(self._faults)
@@ -165,7 +178,16 @@ class Server:
 
 
 class Gunicorn(Server):
-    """Gunicorn with sync workers, and clients that ask for batches of operations."""
+    """Gunicorn with sync workers, and clients whose requests are batches of operations.
+
+    Args:
+        workers: How many workers.
+        load: What they do.
+        stop: Tells whether the user wants the soak to end.
+
+    Raises:
+        SoakError: Gunicorn is not installed.
+    """
 
     def __init__(self, workers: int, load: Load, stop: StopRequest) -> None:
         if util.find_spec("gunicorn") is None:
@@ -183,13 +205,14 @@ class Gunicorn(Server):
             f"--config=python:{hooks.__name__}",
             f"--bind=fd://{self._listener}",
             f"--workers={self.wanted}",
-            "--timeout=300",  # whom gunicorn kills for being slow died without need
+            "--timeout=300",  # gunicorn must not kill a worker that is only slow
             "--graceful-timeout=60",
             "shmcache.soak.app:make_app()",
         )
 
     def _start(self, ready: int, faults: int, *_: int) -> None:
-        # Bound here and handed over, so that no one else can take the port in between.
+        # The port is bound here and handed over, so that no other process can take it
+        # in between.
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen(128)
@@ -209,7 +232,7 @@ class Gunicorn(Server):
         return self
 
     def end(self) -> list[str]:
-        """As Server's; the clients go first."""
+        """End the clients, then master and workers; returns as ``Server.end``."""
         self._halt.set()
         for client in self._clients:
             client.join()
@@ -220,7 +243,7 @@ class Gunicorn(Server):
         due = time.monotonic()
         while not self._halt.is_set():
             connection = http.client.HTTPConnection(*self._address, timeout=30)
-            # A worker that is killed takes its request with it.
+            # The request of a worker that is killed fails.
             with suppress(OSError, http.client.HTTPException):
                 connection.request("GET", f"/{next(serials)}")
                 connection.getresponse().read()
@@ -236,7 +259,15 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def halt(process: psutil.Process, patience: float = 10.0) -> bool:
-    """Stop a process (SIGSTOP) and wait until it stands still; whether it does."""
+    """Stop a process by SIGSTOP, and wait until it stands still.
+
+    Args:
+        process: The process.
+        patience: Seconds to wait.
+
+    Returns:
+        Whether the process stands still; if not, it has ended or is still running.
+    """
     deadline = time.monotonic() + patience
     try:
         process.suspend()

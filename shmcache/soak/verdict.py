@@ -1,21 +1,24 @@
-"""Flat or not: slopes that neither a spike, nor a step, nor a death can bend.
+"""Flat or not: slopes that neither a spike nor a step nor a death can distort.
 
-Workers come and go, so the sum of their memory is a sawtooth.  What is asked is:
+Problem: workers come and go, so the sum of their memory goes up and down.
 
-- Does a worker grow as it gets older?  Theil-Sen over the pairs of samples *of the same
-  worker*, after its warm-up, of all workers together: the median of the slopes.
-- Do later workers begin larger than earlier ones, or does the master grow and hand it
-  down?  The same slope through the smallest mean of each of some windows.
+Mechanism: two questions are asked instead.
 
-Memory counts as grown when USS and RSS both grow.  After a fork USS alone rises as the
-pages that are shared with others become fewer, here or there; RSS alone, as code and
-files are read in.  What is really taken is in both.
+- Does a worker grow as it gets older?  The answer is a Theil-Sen slope: the median of
+  the slopes of all pairs of samples of one worker, after its warm-up, over all workers.
+- Do later workers begin larger than earlier ones, for example because the master grows
+  and passes that on?  The run is divided into windows.  In each one the smallest mean
+  over the workers is taken, and the same slope is computed for these.
 
-A quantity leaks if its slope, over the window that could be looked at, comes to more
-than its tolerance; if it is a trend: of the pairs, those that rise outnumber those that
-fall by half of all (Kendall's tau of 0.5 or more); and if it has not come to an end:
-the slope in the later halves alone makes a quarter of the tolerance.  A step, or a
-warm-up that took longer than it was given, is none of that.
+Memory counts as grown if USS and RSS both grow.  After a fork USS alone rises when
+pages that were shared with other processes become private; RSS alone rises when code
+and files are read in.  Memory that is really taken is in both.
+
+A quantity leaks if three things hold.  Its growth over the window that could be looked
+at is more than its tolerance.  It is a trend: of the pairs, those that rise outnumber
+those that fall by half of all (Kendall's tau is 0.5 or more).  And it has not come to
+an end: in the later halves alone it grows by more than a quarter of the tolerance.  So
+neither a step nor a warm-up that took longer than expected is a leak.
 """
 
 from __future__ import annotations
@@ -31,36 +34,37 @@ if TYPE_CHECKING:
     from shmcache.soak.options import Options
     from shmcache.soak.sampling import Process, Sample
 
-Series = list[tuple[float, float]]  # of time in s and value
+Series = list[tuple[float, float]]  # pairs of time in s and value
 
-POINTS = 160  # to which a series is thinned out: pairs are as its square
-FEWEST = 6  # points that make a series
-TREND = 0.5
-LATE = 0.25  # of the tolerance
+# A series is reduced to this many points, as the number of pairs is its square.
+POINTS = 160
+FEWEST = 6  # points that a series must have
+TREND = 0.5  # Kendall's tau from which on a quantity has a trend
+LATE = 0.25  # part of the tolerance by which the later half of a leak grows
 WINDOWS = 8
 KIB = 1024
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came out for one quantity."""
+    """The verdict on one quantity."""
 
     quantity: str
     unit: str
     level: float  # the median value
-    slope: float  # units an hour
-    window: float  # s, the longest stretch looked at
-    growth: float  # over that window
-    late: float  # over its later half, by the slope of that half alone
-    tolerance: float  # of growth
+    slope: float  # units per hour
+    window: float  # s; the length of the longest series
+    growth: float  # units over that window
+    late: float  # units over its later half, by the slope of that half alone
+    tolerance: float  # units of growth
     trend: float  # Kendall's tau, -1 to 1
-    series: int
-    points: int
-    confirmed: bool = True  # or it is memory of which the other figure does not grow
+    series: int  # how many
+    points: int  # how many in all series together
+    confirmed: bool = True  # False: of USS and RSS of this memory only this one grows
 
     @property
     def grows(self) -> bool:
-        """Whether it grows, by its own figures."""
+        """Whether the quantity grows, by its own figures."""
         return (
             self.growth > self.tolerance
             and self.trend >= TREND
@@ -69,17 +73,17 @@ class Judgement:
 
     @property
     def leak(self) -> bool:
-        """Whether it grows, and the other figure of the same memory, too."""
+        """Whether it grows, and the other figure of the same memory does, too."""
         return self.grows and self.confirmed
 
     @property
     def judged(self) -> bool:
-        """Whether there was enough to look at."""
+        """Whether there were enough points for a verdict."""
         return self.points > 0
 
     @property
     def word(self) -> str:
-        """The verdict."""
+        """The verdict in a word."""
         if not self.judged:
             return "not judged"
         if self.grows:
@@ -87,7 +91,7 @@ class Judgement:
         return "flat"
 
     def line(self) -> str:
-        """For people."""
+        """The verdict in a line, for people."""
         if not self.judged:
             return f"{self.word:11} {self.quantity}: nothing lived long enough"
         return (
@@ -100,7 +104,10 @@ class Judgement:
 
 
 def theil_sen(series: Iterable[Series]) -> tuple[float, float]:
-    """Median slope and Kendall's tau over the pairs within each of the series."""
+    """Median slope (units per s) and Kendall's tau, over the pairs of each series.
+
+    O(n * n) for a series of n points.
+    """
     slopes = []
     for points in series:
         for i, (t0, v0) in enumerate(points):
@@ -112,7 +119,7 @@ def theil_sen(series: Iterable[Series]) -> tuple[float, float]:
 
 
 def thinned(points: Series) -> Series:
-    """At most POINTS points, each the median of its stretch."""
+    """At most POINTS points; each is the median of some consecutive points."""
     if len(points) <= POINTS:
         return points
     step = -(-len(points) // POINTS)
@@ -125,7 +132,14 @@ def thinned(points: Series) -> Series:
 def judge(
     quantity: str, unit: str, series: Sequence[Series], tolerance: float
 ) -> Judgement:
-    """The verdict on one quantity."""
+    """The verdict on one quantity.
+
+    Args:
+        quantity: What was measured, for people.
+        unit: The unit of the values.
+        series: The values over time, a series for each worker.
+        tolerance: By how much the quantity may grow over the window.
+    """
     usable = [thinned(points) for points in series if len(points) >= FEWEST]
     slope, trend = theil_sen(usable)
     late, _ = theil_sen(points[len(points) // 2 :] for points in usable)
@@ -147,10 +161,10 @@ def judge(
 
 
 def judge_all(samples: Sequence[Sample], options: Options) -> list[Judgement]:
-    """The verdict on everything that was sampled."""
+    """The verdicts on all quantities that were sampled."""
     warm = [s for s in samples if s.t >= options.warm_up]
     ours = options.pid is None
-    few = 4.0 if ours else 16.0  # a service has connections
+    few = 4.0 if ours else 16.0  # the workers of a service have connections
 
     def workers(of: Callable[[Process], float]) -> list[Series]:
         return by_worker(warm, options.warm_up, of)
@@ -187,7 +201,7 @@ def judge_all(samples: Sequence[Sample], options: Options) -> list[Judgement]:
 def both(
     whose: str, uss: Sequence[Series], rss: Sequence[Series], tolerance: float
 ) -> list[Judgement]:
-    """USS and RSS of the same memory, each confirming the other."""
+    """The verdicts on USS and RSS of the same memory; each must confirm the other."""
     first = judge(f"{whose} USS", "KiB", uss, tolerance)
     second = judge(f"{whose} RSS", "KiB", rss, tolerance)
     return [
@@ -199,7 +213,7 @@ def both(
 def by_worker(
     samples: Sequence[Sample], warm_up: float, of: Callable[[Process], float]
 ) -> list[Series]:
-    """A series for each worker, from the end of its own warm-up on."""
+    """A series for each worker, which begins at the end of the worker's warm-up."""
     series: dict[tuple[int, float], Series] = {}
     for sample in samples:
         for worker in sample.workers:
@@ -210,7 +224,15 @@ def by_worker(
 
 
 def least_means(samples: Sequence[Sample], figure: str) -> Series:
-    """The smallest mean (KiB) over the workers in each of some windows."""
+    """For each window, the smallest mean over the workers, in KiB.
+
+    Args:
+        samples: The samples of the run.
+        figure: The field of ``Process`` that is meant.
+
+    Returns:
+        A point for each window; none if there are too few samples.
+    """
     means = [
         (s.t, sum(getattr(w, figure) for w in s.workers) / len(s.workers) / KIB)
         for s in samples

@@ -19,7 +19,6 @@ from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import IntEnum, StrEnum
 from fractions import Fraction
-from importlib.util import module_from_spec, spec_from_file_location
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -31,18 +30,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import shmcache
-from shmcache._format import values as _codec
-from shmcache._format.layout import CODEC_SIZE, MAX_KEY, Kind, Tag
-from shmcache._format.values import (
-    MAX_DEPTH,
-    MAX_KEY_DEPTH,
+from shmcache._engine import (
     MsgspecCodec,
     decode_key,
     decode_tagged,
     encode_key,
     make_codec,
 )
+from shmcache._format import keys as interpreted_keys
+from shmcache._format import values as interpreted
+from shmcache._format.keys import MAX_KEY_DEPTH
+from shmcache._format.layout import CODEC_SIZE, MAX_KEY, Kind, Tag
+from shmcache._format.richtypes import MAX_DEPTH
 from shmcache.errors import (
     EntryTooLarge,
     SegmentCorrupt,
@@ -102,20 +101,6 @@ class Unhelpful:
 
     def __repr__(self) -> str:
         raise RuntimeError("no repr")
-
-
-def interpreted() -> Any:
-    """The same file, run uncompiled, beside the one under test."""
-    source = Path(str(_codec.__file__)).with_name("values.py")
-    spec = spec_from_file_location("shmcache._codec_interpreted", source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TWIN = interpreted()
 
 
 # --- what values and keys are made of ---------------------------------------------
@@ -263,7 +248,7 @@ def test_key_comes_back(key: Any) -> None:
     """A decoded key equals the encoded one, with the same types throughout."""
     kind, data = encode_key(key)
     assert exact(key) == exact(decode_key(kind, data))
-    assert (kind, data) == TWIN.encode_key(key)
+    assert (kind, data) == interpreted_keys.encode_key(key)
 
 
 @given(keys, keys)
@@ -475,10 +460,10 @@ def test_value_comes_back(value: Any) -> None:
 @given(values)
 def test_both_modes_write_the_same_bytes(value: Any) -> None:
     """Compiled and interpreted codec encode alike, and read each other's bytes."""
-    twin = TWIN.make_codec("msgpack")
+    twin = interpreted.make_codec("msgpack")
     tag, data = MSGPACK.encode(value)
     assert (tag, data) == twin.encode(value)
-    assert exact(value) == exact(TWIN.decode_tagged(twin, tag, data))
+    assert exact(value) == exact(interpreted.decode_tagged(twin, tag, data))
 
 
 @pytest.mark.slow
@@ -652,7 +637,7 @@ def test_deep_call_is_told_that_the_stack_is_short() -> None:
             assert levels(descend(room - 200, value)) == MAX_DEPTH - 1
         except UnsupportedValue as error:
             refusal = str(error)
-            assert not shmcache.compiled
+            assert isinstance(MSGPACK, interpreted.Codec)
             assert "Python's stack" in refusal
     assert back(MSGPACK, [[1]]) == [[1]]
 
@@ -795,7 +780,7 @@ def test_late_types_decode_where_nobody_imported_them() -> None:
     if ZONES:
         value.append(datetime(2024, 1, 1, tzinfo=ZoneInfo("UTC")))
     code = (
-        "import sys; from shmcache._format.values import make_codec;"
+        "import sys; from shmcache._engine import make_codec;"
         "late = {'decimal', 'uuid', 'zoneinfo', 'msgspec'} & set(sys.modules);"
         "value = make_codec('msgpack').decode(bytes.fromhex(sys.argv[1]));"
         "print(sorted(late), value)"

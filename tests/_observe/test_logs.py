@@ -16,6 +16,7 @@ import shmcache
 from shmcache import Cache, Cause, ConfigMismatch, HandleMap
 from shmcache._format import layout as L
 from shmcache._observe.stats_log import log_stats
+from shmcache._process.election import Office
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -251,7 +252,17 @@ def test_evictions_are_noted_only_at_debug(
         sys.setprofile(None)
     assert called == []
     assert cache.stats().evicted == 7
-    assert cache._take_notes() == []
+    # Nor was anything noted that would be logged later.
+    handler, level = Records(), LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.DEBUG)
+    try:
+        cache._tend(1.0)
+        cache["one more"] = 1
+    finally:
+        LOGGER.setLevel(level)
+        LOGGER.removeHandler(handler)
+    assert handler.of("evicted") == []
 
 
 def test_level_is_heeded_while_the_cache_is_open(
@@ -354,7 +365,7 @@ def test_log_stats_reads_nothing_when_switched_off(
         running.write()
         child = os.fork()
         if child == 0:
-            taken = cache._attachment.lease.holder(2) is not None
+            taken = cache._attachment.lockfile.office_holder(Office.LOGGER) is not None
             os._exit(taken)
         assert os.waitpid(child, 0)[1] == 0
         LOGGER.setLevel(logging.INFO)

@@ -171,16 +171,16 @@ def test_clean_leaves_what_is_just_being_made(name: str) -> None:
         def clock() -> int:
             return 1
 
-        from shmcache._segment import create as _segment
+        from shmcache._segment import semaphores
 
-        make = _segment.make_semaphores
+        make = semaphores.make
 
         def pause(*arguments: Any) -> None:
             link.send("creating")
             link.recv()
             make(*arguments)
 
-        _segment.make_semaphores = pause  # type: ignore[assignment]
+        semaphores.make = pause  # type: ignore[assignment]
         Cache(name, max_entries=10, clock=clock).close()
 
     peer = Peer(create)
@@ -334,7 +334,7 @@ def test_looking_changes_nothing(
         cache[key] = n
     cache.get("user:1")
     cache.get("absent")
-    cache._flush_touches()
+    cache._flush_recency()
     for name in (cache.name, handles.name):
         before = everything(name)
         done = shmcache(*[name if a == "NAME" else a for a in arguments])
@@ -400,6 +400,7 @@ def test_stats_are_those_of_the_cache(make_cache: Callable[..., Cache]) -> None:
         "inside": [],
         "trouble": "",
     } == {key: stats[key] for key in ("settings", "inside", "trouble")}
+    assert ([], True) == (stats["unstable"], stats["exact"])
     text = result("stats", cache.name)
     hits, lookups = expected["hits"], expected["hits"] + expected["misses"]
     assert f"hits           {hits} of {lookups} (" in text
@@ -526,7 +527,7 @@ def test_inspect(make_cache: Callable[..., Cache]) -> None:
         cache[f"key {n}"] = b"x" * 1000
     cache.get("key 4")
     cache.get("key 2")
-    cache._flush_touches()
+    cache._flush_recency()
     [record] = said("inspect", cache.name, "key 4")["records"]
     assert 0 <= record.pop("age") < 500 < record.pop("left") <= 1000
     for varying in ("hash", "checksum", "slot"):
@@ -753,7 +754,7 @@ def test_number_is_seen_while_it_is_overwritten(
         assert old
         at = base + (segment.header.geometry.records_at + L.RECORD * old.slot) // 8
         value = (42).to_bytes(8, "little")
-        block = segment._places(old, True)[0][0] + old.key_len
+        block = segment.places(old, values=True)[0][0] + old.key_len
         place = cache._attachment.block.view[block : block + 8]
         stores: list[Callable[[], None]] = [
             lambda: words.__setitem__(base + L.S_REDO_VERSION, old.version + 2),
@@ -805,6 +806,8 @@ def test_a_writer_who_does_not_come_out(make_cache: Callable[..., Cache]) -> Non
     assert (os.getpid(), True, True, 1) == tuple(
         inside[key] for key in ("pid", "alive", "writing", "waiting")
     )
+    assert ([0], True) == (stats["unstable"], stats["exact"])
+    assert "shard 0: its counts are not of one moment" in result("stats", name)
     # A waiter wakes up now and then, so from here on it may be seen or not.
     assert f"shard 0: process {os.getpid()} is inside; waiting: " in result(
         "stats", name
@@ -888,7 +891,7 @@ def test_any_bytes_are_looked_at_without_harm(
         for n in range(50):
             cache.set(f"user:{n}", [n, "x" * rng.randrange(600)], ttl=900)
         sound = [bytes(cache._attachment.block.view)]
-    sound.append(bytes(handles._registry._attachment.block.view))
+    sound.append(bytes(handles.registry._attachment.block.view))
     place = Path(f"{SHM}/shmcache-{os.getuid()}-{name}")
     place.touch(0o600)
     codes: Counter[int] = Counter()

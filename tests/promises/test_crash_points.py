@@ -126,7 +126,7 @@ class Scene:
         log.set_level(logging.WARNING, "shmcache")
         self.keys = Keys(self.cache)
         self.scenario.fill(self.cache, self.clock, self.keys)
-        self.cache._flush_touches()
+        self.cache._flush_recency()
         self._now = self.clock.ns
         self.attachment = self.cache._attachment
         self._geometry = self.attachment.header.geometry
@@ -442,12 +442,12 @@ def test_1_death_of_one_who_removes_handles(
             clock.ns -= 11_000_000_000 * (act == "sweep")
             handles.sweep()
             kept = handles.values()
-            assert handles._callbacks.wait(60)
+            assert handles._process.delivery.callbacks.wait(60)
             assert sorted(kept + closed) == opened
             assert handles.stats().entries == len(kept)
             assert handles.check() == []
             handles.clear()
-            assert handles._callbacks.wait(60)
+            assert handles._process.delivery.callbacks.wait(60)
             assert sorted(closed) == opened
             closed.clear()
             step += EVERY_DEATH

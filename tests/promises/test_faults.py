@@ -8,7 +8,6 @@ from the segment, 12 fairness.  A test's name begins with the number.
 from __future__ import annotations
 
 import fcntl
-import inspect
 import itertools
 import logging
 import os
@@ -43,7 +42,7 @@ from amounts import (
     SPARE_PERMITS,
     offset,
 )
-from crash_rig import SCENARIOS, Clock, Keys
+from crash_rig import SCENARIOS, Clock, Keys, Tracer
 from peers import (
     PATIENCE,
     SHM,
@@ -63,12 +62,11 @@ from shmcache import (
     SegmentCorrupt,
     SegmentRefused,
 )
-from shmcache._engine.slab import Slab
 from shmcache._format import check as _check
 from shmcache._format import layout as L
-from shmcache._process import attachment as _workers
-from shmcache._segment import block as _block
-from shmcache._segment import create as _segment
+from shmcache._process import lockfile as _lockfile
+from shmcache._process.exit import leave_all
+from shmcache._process.rows import retire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -333,8 +331,9 @@ def test_3_row_handed_on_does_not_revive_a_dead_holder(
     writer.kill()
     attachment = cache._attachment
     assert attachment.reap() == 0  # for the one who takes over to say who died
-    with _workers.mutex(), attachment.admin():
-        attachment._fold((writer.token & 0xFFFF) - 1)  # a reaper that looked too early
+    with _lockfile.mutex(), attachment.admin():
+        # A reaper that looked too early.
+        retire(attachment.words, (writer.token & 0xFFFF) - 1)
 
     def take_row(link: Connection) -> None:
         mine = Cache.attach(cache.name)
@@ -522,6 +521,10 @@ def test_4_orphan_lives_on_in_the_cache_that_followed(name: str) -> None:
 # --- 5. exceptions out of signal handlers ---------------------------------------
 
 
+# The files of the interpreted engine.
+ENGINE = frozenset(map(str, Path(shmcache.__file__).parent.glob("_engine/*.py")))
+
+
 class Strike(BaseException):
     """What a signal handler raises."""
 
@@ -572,7 +575,7 @@ class Stage:
         )
         self.keys = Keys(self.cache)
         self.scenario.fill(self.cache, self.clock, self.keys)
-        self.cache._flush_touches()
+        self.cache._flush_recency()
         self.now = self.clock.ns
         attachment = self.cache._attachment
         self.header = _check.read_header(attachment.block.view)
@@ -589,7 +592,7 @@ class Stage:
     def strike(self, n: int, what: str) -> bool:
         """Run the scenario up to the n-th line or bytecode; False if it has fewer."""
         self.restore()
-        sys.settrace(Striker(n, what, {inspect.getsourcefile(Slab)}))
+        sys.settrace(Striker(n, what, ENGINE))
         try:
             self.scenario.act(self.cache, self.clock, self.keys)
         except Strike:
@@ -610,7 +613,7 @@ class Stage:
     def findings(self) -> list[str]:
         """What the checker says of the shard."""
         stride = self.header.geometry.stride
-        data = self.cache._snapshot(0, 0, stride)
+        data = self.cache._copy_shard(0, 0, stride)
         return _check.check_shard(data, self.header, 0, quiescent=False)
 
 
@@ -761,8 +764,9 @@ def test_5_exception_while_coming_or_going(
     hinders nobody: others come and go although the process that was struck does
     nothing more, it can try again, and when it ends nothing is left of it."""
     act, there = MEMBERSHIP[what]
-    files = {module.__file__ for module in (_workers, _segment, _block)}
-    monkeypatch.setattr(_workers, "ADMIN_TIMEOUT", 5.0)
+    home = Path(shmcache.__file__).parent
+    files = {str(home / file) for file in Tracer.FILES - {"cache.py"}}
+    monkeypatch.setattr(_lockfile, "ADMIN_TIMEOUT", 5.0)
 
     def body(link: Connection) -> None:
         while numbered := link.recv():
@@ -781,7 +785,7 @@ def test_5_exception_while_coming_or_going(
                 again["again"] = n
                 assert again.check() == []
             del again
-            _workers.leave_all()
+            leave_all()
             link.send("gone")
 
     peer = Peer(body)
@@ -923,8 +927,8 @@ def admin_of(path: str) -> int | None:
         fd = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return None
-    asked = struct.pack(_workers._FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
-    answer = struct.unpack(_workers._FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    asked = struct.pack(_lockfile.FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+    answer = struct.unpack(_lockfile.FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
     os.close(fd)
     return answer[4] if answer[0] != fcntl.F_UNLCK else None
 

@@ -481,7 +481,7 @@ def test_sweeper_that_is_told_to_stop_stops(make_cache: Callable[..., Cache]) ->
             super().clear()
 
     sweeper._wake = Bell()
-    sweeper.watch(cache, 0)
+    sweeper.watch(cache, Cache._tend, 0)
     thread = sweeper._thread
     assert thread
     thread.join(5)

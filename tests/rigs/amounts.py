@@ -49,7 +49,7 @@ SIGNALS_THAT_RAISE = amount(150, 400, interpreted=(60, 400))
 SIGNALS_THAT_CALL = amount(150, 500, interpreted=(60, 500))
 CLOSES = amount(100, 500, interpreted=(30, 500))
 FAIRNESS_SECONDS = amount(2, 2, variable="SHMCACHE_FAIRNESS_SECONDS")
-SPARE_PERMITS = amount(50_000, 200_000, interpreted=(1_500, 3_000))
+SPARE_PERMITS = amount(200_000, 200_000, interpreted=(3_000, 3_000))
 INCREMENTS = amount(2_000, 10_000, interpreted=(300, 1_000))
 READS = amount(60_000, 250_000, interpreted=(8_000, 25_000))
 

@@ -140,7 +140,14 @@ class Tracer:
     A line is one the first time that it is reached: loops go over a thousand rows.
     """
 
-    FILES = frozenset({"_segment/create.py", "_process/attachment.py", "cache.py"})
+    FILES = frozenset(
+        {
+            *("_segment/block.py", "_segment/create.py", "_segment/header.py"),
+            *("_segment/names.py", "_segment/semaphores.py", "_segment/settings.py"),
+            *("_process/attachment.py", "_process/exit.py", "_process/lockfile.py"),
+            *("_process/rows.py", "cache.py"),
+        }
+    )
 
     def __init__(self, fuse: Fuse) -> None:
         self._fuse = fuse
@@ -590,12 +597,12 @@ def check(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
 
 @scenario(some)
 def repair(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
-    cache._repair(0)
+    cache._rebuild_shard(0)
 
 
 @scenario(mortal, timed=True)
 def repair_mortal(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
-    cache._repair(0)
+    cache._rebuild_shard(0)
 
 
 # Workers: nothing of these is in a shard.
@@ -685,8 +692,8 @@ def handle_child(
     # No thread, so that the steps are the same each time.
     for module in (_sweeper, shmcache.handles):
         vars(module)["threads_run"] = bool
-    handles._mine()
-    light(handles._registry, Fuse(steps, report))
+    handles._state()
+    light(handles.registry, Fuse(steps, report))
     HANDLES[name](handles)
 
 

@@ -27,7 +27,7 @@ import shmcache.handles
 from shmcache._format import check as _check
 from shmcache._format import layout as L
 from shmcache._process import sweeper as _sweeper
-from shmcache._segment.create import Names
+from shmcache._segment.names import Names
 from shmcache.errors import ShmCacheError
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ class Rounds:
             cache[key] = value_of(key, 1)
         cache["counter"] = 41
         cache["float"] = 0.5
-        cache._claim(0, 12345, 0)
-        cache._flush_touches()
+        cache._enter_flight(0, 12345, 0)
+        cache._flush_recency()
 
     # --- damage -----------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class Rounds:
         """What the checker says of the shards; nobody repairs headers and rows."""
         findings = []
         for shard in range(self.geometry.shards):
-            data = self.cache._snapshot(shard, 0, self.geometry.stride)
+            data = self.cache._copy_shard(shard, 0, self.geometry.stride)
             findings += _check.check_shard(data, self.header, shard, quiescent=False)
         # Of two good entries with one version nobody knows which has the right one.
         return [line for line in findings if ", as slot" not in line]
@@ -306,7 +306,7 @@ class Rounds:
         self.seen[what] += 1
         self.use(rng)
         for shard in range(SETTINGS["shards"]):
-            self.cache._repair(shard)
+            self.cache._rebuild_shard(shard)
         self.use_what_is_sound(rng, what)
 
     def use_what_is_sound(self, rng: random.Random, what: str) -> None:
@@ -392,15 +392,16 @@ class RoundsOfHandles(Rounds):
             vars(module)["threads_run"] = bool  # all happens here, and now
         self.closed: Counter[str] = Counter()
         super().__init__(name, seed)
-        local = self.map._local
-        self.kept = dict(local.handles), dict(local.numbers), list(local.read)
+        state = self.map._process
+        read = list(state.delivery.read)
+        self.kept = dict(state.handles), dict(state.numbers), read
 
     def open(self) -> None:
         """Use the map."""
         self.map = shmcache.HandleMap(
             self.name, **self.settings, clock=self.clock, ttl=100, on_evict=self.close
         )
-        self.cache = self.map._registry
+        self.cache = self.map.registry
         self.buffer = self.cache._attachment.block.view
         self.semaphores = [
             posix_ipc.Semaphore(self.cache._names.semaphore(shard))
@@ -428,10 +429,9 @@ class RoundsOfHandles(Rounds):
     def round(self, number: int) -> None:
         """As ever; and then no handle is open without an entry, or was closed twice."""
         super().round(number)
-        local = self.map._mine()
-        self.map._deliver(local)
-        findings: list[str] = []
-        self.map._compare_quietly(local, findings)
+        delivery = self.map._state().delivery
+        delivery.deliver()
+        findings = delivery.findings()
         twice = [handle for handle, times in self.closed.items() if times > 1]
         if findings or twice:
             raise Violation(f"{findings}, closed twice: {twice}")
@@ -488,11 +488,12 @@ class RoundsOfHandles(Rounds):
         super().restore()
         self.number = 0
         self.closed.clear()
-        local = self.map._local
+        state = self.map._process
         handles, numbers, read = self.kept
-        local.handles, local.numbers, local.read = dict(handles), dict(numbers), read[:]
-        local.doomed.clear()
-        for record in local.numbers.values():
+        state.handles, state.numbers = dict(handles), dict(numbers)
+        state.delivery.read = read[:]
+        state.gone.clear()
+        for record in state.numbers.values():
             record.cause, record.taken, record.leases = None, False, 0
             record.handle = f"handle of {record.key!r}"
 

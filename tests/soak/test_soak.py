@@ -299,7 +299,7 @@ def test_a_workers_row_says_what_it_has_open(
         handles.discard("k0")
         handles.pop("k1")
         deadline = time.monotonic() + DEADLINE
-        registry = handles._registry
+        registry = handles.registry
         while (row := ledger.read_rows(registry)[os.getpid()]).open != 5:
             assert time.monotonic() < deadline, row
             time.sleep(0.01)
