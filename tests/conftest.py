@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
 # What fails in a rig is explained as in a test.
-pytest.register_assert_rewrite("model", "peers", "servers", "worker_app")
+pytest.register_assert_rewrite(
+    "caches", "caught", "model", "peers", "servers", "worker_app"
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHM = Path("/dev/shm")

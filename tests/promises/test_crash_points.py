@@ -476,6 +476,9 @@ def test_1_death_at_any_line_of_life(
     keeps = persistent or life == "attach_and_leave"
     settings = {**(PERSISTENT if persistent else SMALL), "lock_timeout": LONGEST_WAIT}
     kept = {"kept": b"k" * 300}
+    if persistent:
+        # Then each process revives, also the first, which counts the lines.
+        shmcache.Cache(name, **settings).close()
     with ExitStack() as at_end:
         zygote = at_end.enter_context(Zygote.of(name, Clock(), "life", interpreted_env))
         other = None

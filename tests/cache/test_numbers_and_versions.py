@@ -1,0 +1,232 @@
+"""Numbers and versions: incr(), gets() and cas()."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import xxhash
+from caches import MakeCache, by_age
+
+import shmcache
+from shmcache._format import layout as fmt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from conftest import Clock
+
+
+def test_hash_is_that_of_the_package(make_cache: MakeCache) -> None:
+    """The engine's own XXH3 of short keys is what the interpreted engine calls."""
+    cache = make_cache()
+    dice = random.Random(1)
+    seed = cache._attachment.header.seed
+    for length in (*range(300), 1000, 65_535):
+        for _ in range(4):
+            key = dice.randbytes(length)
+            kind, data, key_hash, _ = cache._key_hash(key)
+            assert (kind, data) == (fmt.Kind.BYTES, key)
+            expected = xxhash.xxh3_64_intdigest(key, (seed + kind) & fmt.MASK64)
+            assert key_hash == expected
+
+
+def test_incr_and_decr(make_cache: MakeCache) -> None:
+    """They add to what is there, or to ``initial`` if nothing is."""
+    cache = make_cache()
+    assert cache.incr("n", initial=0) == 1
+    assert cache.incr("n") == 2
+    assert cache.incr("n", 40) == 42
+    assert cache.decr("n") == 41
+    assert cache.decr("n", 50) == -9
+    assert cache.incr("n", -1) == -10
+    assert cache["n"] == -10
+    assert cache.incr("m", 5, initial=100) == 105
+    assert cache.decr("d", 5, initial=100) == 95
+    assert cache.incr("n", 0.5) == -9.5
+    assert type(cache["n"]) is float
+    cache["f"] = 1.5
+    assert cache.incr("f") == 2.5
+    assert cache.incr("f", initial=1000) == 3.5
+
+
+def test_incr_of_a_damaged_value_is_no_matter_of_types(make_cache: MakeCache) -> None:
+    """What is no number by damage only is damage, not the caller's mistake."""
+    cache = make_cache()
+    cache["n"] = 1
+    words = cache._attachment.block.view.cast("I")
+    header = cache._attachment.header
+    record = (header.geometry.shards_at + header.geometry.records_at + fmt.RECORD) // 4
+    assert words[record + fmt.F_META] >> fmt.META_TAG_SHIFT == fmt.Tag.INT
+    words[record + fmt.F_META] ^= (fmt.Tag.INT ^ fmt.Tag.BYTES) << fmt.META_TAG_SHIFT
+    words.release()
+
+    with pytest.raises(shmcache.SegmentCorrupt):
+        cache.incr("n")
+    assert cache.incr("n", initial=5) == 6
+    assert cache.check() == []
+
+
+def test_incr_in_place_or_anew(make_cache: MakeCache, clock: Clock) -> None:
+    """Versions, times of writing, order of use and values are as of any overwrite."""
+    cache = make_cache(max_entries=4, max_bytes=4096, clock=clock)
+    long = "k" * 250  # a value behind it lies in two blocks of 256 bytes
+    assert cache._attachment.header.geometry.block_size == 256
+    for key in ("a", long, "b"):
+        cache[key] = 7
+    value, token = cache.gets("a")
+    assert cache.incr("a", 2**40) == value + 2**40
+    assert not cache.cas("a", 0, token)
+    assert cache.incr(long, -9) == -2
+    assert cache.incr("b", 0.5) == 7.5  # of another type
+    assert cache.incr("b", 0.25, ttl=5) == 7.75
+    clock.advance(5)
+    assert "b" not in cache
+    assert cache.incr(long) == -1
+
+    assert cache.stats().removed["REPLACED"] == 5
+    assert cache.check() == []
+    assert by_age(cache) == ["a", long]
+
+
+def test_incr_to_the_bounds_of_64_bits(make_cache: MakeCache) -> None:
+    """Exact up to the largest and smallest int of 64 bits; refused beyond."""
+    cache = make_cache()
+    cache["n"] = (1 << 63) - 2
+    assert cache.incr("n") == (1 << 63) - 1
+    with pytest.raises(OverflowError, match="64 bits"):
+        cache.incr("n")
+    assert cache["n"] == (1 << 63) - 1
+    assert cache.decr("n", (1 << 64) - 1) == -(1 << 63)
+    with pytest.raises(OverflowError, match="64 bits"):
+        cache.decr("n")
+    assert cache["n"] == -(1 << 63)
+
+
+def test_incr_keeps_or_renews_time(make_cache: MakeCache, clock: Clock) -> None:
+    """Left out, ttl keeps an entry's expiry; given, it is the new one."""
+    cache = make_cache(ttl=60, clock=clock)
+    cache.incr("n", initial=0)
+    assert cache.ttl("n") == 60
+    clock.advance(10)
+    cache.incr("n")
+    assert cache.ttl("n") == 50
+    cache.incr("n", ttl=5)
+    assert cache.ttl("n") == 5
+    cache.incr("n", ttl=None)
+    assert cache.ttl("n") is None
+    cache.incr("n")
+    assert cache.ttl("n") is None
+    cache.incr("n", ttl=5)
+    clock.advance(5)
+    assert cache.incr("n", initial=0) == 1
+    assert cache.ttl("n") == 60
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_incr_counts_as_a_set_only(make_cache: MakeCache, sliding: bool) -> None:
+    """It counts as neither hit nor miss, in a sliding cache as in any other."""
+    cache = make_cache(ttl=60, sliding=sliding)
+    cache.incr("n", initial=0)
+    cache.incr("n")
+    stats = cache.stats()
+    assert (stats.hits, stats.misses, stats.sets) == (0, 0, 2)
+
+
+@pytest.mark.parametrize("codec", ["msgpack", "msgspec", "pickle"])
+def test_incr_of_a_number_that_was_set(make_cache: MakeCache, codec: str) -> None:
+    """Numbers that set() stored can be added to, whatever the codec."""
+    cache = make_cache(codec=codec)
+    cache.update(n=41, f=0.5)
+    assert [cache.incr("n"), cache.incr("f")] == [42, 1.5]
+    assert [cache["n"], cache["f"]] == [42, 1.5]
+    assert [cache.incr("n"), cache.incr("f")] == [43, 2.5]
+
+
+def test_incr_in_a_raw_cache(make_cache: MakeCache) -> None:
+    """A cache of bytes has no numbers, and says so."""
+    cache = make_cache(codec="raw")
+    cache["n"] = b"1"
+    with pytest.raises(shmcache.UnsupportedValue, match="another codec"):
+        cache.incr("n")
+    assert cache["n"] == b"1"
+
+
+def test_cas_stores_over_what_was_read(make_cache: MakeCache) -> None:
+    """Cas succeeds with the token of the present version, once."""
+    cache = make_cache()
+    cache["k"] = 1
+    value, token = cache.gets("k")
+    assert value == 1
+    assert cache.gets("k") == (1, token)
+    assert cache.cas("k", 2, token) is True
+    assert cache.cas("k", 3, token) is False
+    assert cache["k"] == 2
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "set of the same": lambda c: c.set("k", 1),
+    "replace": lambda c: c.replace("k", 1),
+    "incr": lambda c: c.incr("k", 0),
+    "delete": lambda c: c.delete("k"),
+    "delete and set": lambda c: (c.delete("k"), c.set("k", 1)),
+    "pop and add": lambda c: (c.pop("k"), c.add("k", 1)),
+    "clear and set": lambda c: (c.clear(), c.set("k", 1)),
+    "eviction and set": lambda c: (c.update(a=1, b=2, c=3), c.set("k", 1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_cas_fails_after_any_change(make_cache: MakeCache, change: str) -> None:
+    """A token names one version: not an equal one, nor one in the same place."""
+    cache = make_cache(max_entries=3)
+    cache["k"] = 1
+    token = cache.gets("k")[1]
+    CHANGES[change](cache)
+    assert cache.cas("k", 5, token) is False
+    assert cache.get("k") in (None, 1)
+
+
+def test_cas_holds_through_use_and_touch(make_cache: MakeCache) -> None:
+    """Reading an entry, or giving it time, does not change its version."""
+    cache = make_cache(max_entries=3)
+    cache["k"] = 1
+    token = cache.gets("k")[1]
+    cache.get("k")
+    cache.touch("k", ttl=100)
+    cache["other"] = 1
+    assert cache.cas("k", 2, token, ttl=50) is True
+    assert cache["k"] == 2
+
+
+def test_cas_without_token_stores_only_if_absent(
+    make_cache: MakeCache, clock: Clock
+) -> None:
+    """With the token of an absent key, None, cas is add."""
+    cache = make_cache(clock=clock)
+    assert cache.cas("k", 1, cache.gets("k")[1], ttl=5) is True
+    assert cache.cas("k", 2, None) is False
+    assert (cache["k"], cache.ttl("k")) == (1, 5.0)
+    token = cache.gets("k")[1]
+    clock.advance(5)
+    assert cache.cas("k", 3, token) is False
+    assert cache.cas("k", 4, None) is True
+    assert cache["k"] == 4
+
+
+def test_tokens_are_of_one_key(make_cache: MakeCache) -> None:
+    """The token of one entry does not open another."""
+    cache = make_cache()
+    cache.update(a=1, b=2)
+    assert cache.cas("b", 3, cache.gets("a")[1]) is False
+    assert cache["b"] == 2
+
+
+@pytest.mark.parametrize("token", [0, -1, 1, 1 << 64, 1 << 200])
+def test_tokens_that_nobody_got(make_cache: MakeCache, token: int) -> None:
+    """A number that is no token of this entry stores nothing."""
+    cache = make_cache()
+    cache["k"] = 1
+    assert cache.cas("k", 2, token) is False
+    assert cache["k"] == 1
