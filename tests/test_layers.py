@@ -17,7 +17,7 @@ pytestmark = pytest.mark.once
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "shmcache"
 
-# From the lowest layer to the highest.  A module may import from its own folder and from
+# From the lowest layer to the highest.  A module may import from its own folder and
 # lower layers; units on one line do not know each other.
 LAYERS = (
     ("errors", "_version", "_parser"),

@@ -31,7 +31,7 @@ from threading import get_ident
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
-from shmcache._segment.create import Gone as ClosedView
+from shmcache._segment.closed_view import ClosedView
 from shmcache.errors import LockTimeout, SegmentCorrupt
 
 if TYPE_CHECKING:
