@@ -79,7 +79,7 @@ class Attachment:
         recovering: Which thread of this process takes over which shard's lock.
         flights: Which keys this process computes just now, for ``get_or_set``.
         recency: Hits of this process that wait to be applied, for all its Cache
-            objects; see ``touch_buffers`` in the engine.
+            objects; see ``recency_buffers`` in the engine.
     """
 
     def __init__(self, names: Names) -> None:
