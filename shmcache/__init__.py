@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shmcache import errors
-from shmcache._engine import MsgspecCodec, compiled
+from shmcache._engine import MsgspecCodec
+from shmcache._engine import is_compiled as compiled
 from shmcache._format.layout import Cause
 from shmcache.cache import Cache
 from shmcache.errors import (

@@ -1,6 +1,7 @@
 """The public face: one bounded LRU + TTL map, shared by the processes of a host.
 
-What must be fast is in _slab.py, whose class is the base of ``Cache``; here is what
+The hot methods - ``get``, ``set``, ``add``, ``incr``, ``delete`` and others - stand in
+``_engine/operations.py``, whose class is the base of ``Cache``; here is what
 a call can afford: settings, life, iteration, single flight, statistics.
 """
 
@@ -25,7 +26,7 @@ from collections.abc import (
     ValuesView,
 )
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from shmcache._arguments import (
     check_budget,
@@ -37,18 +38,18 @@ from shmcache._arguments import (
 )
 from shmcache._engine import (
     MISSING,
-    Slab,
+    Engine,
     close_semaphores,
-    compiled,
     decode_key,
     decode_tagged,
     encode_key,
     make_codec,
-    touch_buffers,
+    recency_buffers,
 )
 from shmcache._format import check as _check
 from shmcache._format import layout as L
 from shmcache._process.attachment import Attachment, mutex
+from shmcache._process.peers import Peers
 from shmcache._process.sweeper import sweeper
 from shmcache._recipes.memoize import Memoized
 from shmcache._recipes.single_flight import Flight
@@ -56,17 +57,11 @@ from shmcache._segment.create import Names, Settings
 from shmcache.errors import (
     CacheClosed,
     ConfigMismatch,
-    ReentrantCall,
-    SegmentCorrupt,
     SegmentNotFound,
     UnsupportedKey,
     UnsupportedPlatform,
 )
 from shmcache.stats import Stats
-
-if TYPE_CHECKING:
-    from types import FrameType
-
 
 log = logging.getLogger("shmcache")
 
@@ -142,7 +137,7 @@ def _plan(
     return settings
 
 
-class Cache(Slab):
+class Cache(Engine):
     """A bounded LRU + TTL map in shared memory, one for all processes of a host.
 
     ``Cache(name)`` creates the segment of that name, or attaches to it when another
@@ -229,7 +224,7 @@ class Cache(Slab):
             settings=self._settings,
             codec=self._codec,
             entries=self._entries,
-            snapshot=self._snapshot,
+            snapshot=self._copy_shard,
             writes=self._writes,
         )
 
@@ -282,16 +277,16 @@ class Cache(Slab):
         self._attachment = attachment
         self._settings = settings
         if attachment.touches is None:
-            attachment.touches = touch_buffers(settings.shards)
+            attachment.touches = recency_buffers(settings.shards)
         self.cleanup_interval = settings.cleanup_ns / 1e9
         self._bind(
             attachment.block.view,
             header.geometry,
-            settings.capacities(),
             header.seed,
             self._codec,
-            self._clock,
-            _EngineSettings(
+            EngineSettings(
+                capacities=settings.capacities(),
+                clock=self._clock,
                 sliding=settings.sliding,
                 ttl_ns=settings.ttl_ns,
                 jitter_ppm=settings.jitter_ppm,
@@ -299,6 +294,7 @@ class Cache(Slab):
                 lock_timeout_ns=self._timeout_ns,
             ),
             attachment.touches,
+            Peers(self.name, attachment, Cache._enter_process),
         )
         self._heed_log_level()
         opened = self._open_semaphores(
@@ -315,7 +311,7 @@ class Cache(Slab):
         self._adopt()
         kept = dropped = 0
         for shard in range(attachment.header.geometry.shards):
-            dropped += self._repair(shard)
+            dropped += self._rebuild_shard(shard)
             kept += attachment.words[self._words_of(shard) + L.S_ENTRIES]
         attachment.words[L.H_RECOVERED] = kept
         attachment.words[L.H_LOST] = dropped
@@ -400,7 +396,7 @@ class Cache(Slab):
         # Recency is not worth an error, nor a wait for a stopped holder.
         try:
             if self._is_joined():
-                self._flush_touches()
+                self._flush_recency()
         except Exception as error:  # noqa: BLE001
             log.debug(
                 "touches of cache %s lost: %s",
@@ -442,104 +438,10 @@ class Cache(Slab):
         state = "closed" if self.closed else f"max_entries={self._settings.max_entries}"
         return f"<shmcache.Cache {self.name!r} {state}>"
 
-    # --- the lock's slow side: see _slab.py -----------------------------------------
-
-    def _holder_is_dead(self, s: int, holder: int) -> bool:
-        attachment = self._attachment
-        if holder != attachment.token:
-            return not attachment.alive(holder)
-        if compiled:
-            return False  # another thread of ours, which cannot lose the lock
-        # Interpreted, an exception out of a signal handler may strike between any two
-        # bytecodes: the thread may have left the section without giving up the lock.
-        owner = attachment.owners.get(s)
-        if owner == threading.get_ident():
-            return True  # not a nested call, see _check_reentry
-        frame = sys._current_frames().get(owner or 0)
-        return not any(_in_engine(f) for f in _frames(frame))
-
-    def _check_reentry(self, s: int) -> None:
-        if self._attachment.owners.get(s) != threading.get_ident():
-            return
-        frames = _frames(sys._getframe())
-        for frame in frames:
-            if not frame.f_globals.get("__name__", "").startswith("shmcache."):
-                break
-        if any(_in_engine(frame) for frame in frames):
-            raise ReentrantCall(
-                f"cache {self.name!r} was called from a signal handler, or a finalizer,"
-                " that interrupted an operation on the same shard; note the event in"
-                " the handler and use the cache after it (the compiled engine allows"
-                " this: install a C compiler, then reinstall shmcache)"
-            )
-
-    def _recovery_lock(self, s: int) -> Any:
-        return self._attachment.recovery(s)
-
-    def _end_recoveries(self) -> None:
-        me = threading.get_ident()
-        for shard, owner in list(self._attachment.recovering.items()):
-            if owner == me:
-                self._attachment.end_recovery(shard)
-
-    def _describe_wait(self, s: int, holder: int, waited: int) -> str:
-        attachment = self._attachment
-        if holder == attachment.token:
-            who = f"another thread of this process ({os.getpid()})"
-        elif holder:
-            who = f"process {attachment.pid(holder)}, which lives"
-        else:
-            who = "changing holders"
-        return (
-            f"shard {s} of cache {self.name!r} was not to be had in"
-            f" {waited / 1e9:.1f} s: it is held by {who}; see whether that process is"
-            " stopped or starved, or raise lock_timeout"
-        )
-
     def _heed_log_level(self) -> None:
-        # The evictions of a handle map are logged by those who own the handles.
+        # The evictions of a handle map are logged by the owners of the handles.
         handles = self._settings.codec == L.HANDLES
-        self._note_evictions(log.isEnabledFor(logging.DEBUG) and not handles)
-
-    def _tell(self) -> None:
-        # After a lock was given up: what we found, mended and evicted while we had it.
-        self._tell_repairs()
-        for cause, kind, data in self._take_notes():
-            key = _shown_key(kind, data)
-            log.debug(
-                "cache %s evicted %s (%s)",
-                self.name,
-                key,
-                L.Cause(cause).name,
-                extra={
-                    "cache": self.name,
-                    "event": "evicted",
-                    "key": key,
-                    "cause": L.Cause(cause).name,
-                },
-            )
-
-    def _tell_repairs(self) -> None:
-        for shard, dead, torn, dropped, ns in self._take_news():
-            pid = self._attachment.pid(dead) if dead else 0
-            log.warning(
-                "shard %d of cache %s: %s; %s, %d entries dropped, in %.1f ms",
-                shard,
-                self.name,
-                _what_happened(dead, pid),
-                "lists rebuilt" if torn else "nothing was half done",
-                dropped,
-                ns / 1e6,
-                extra={
-                    "cache": self.name,
-                    "event": "recovered",
-                    "shard": shard,
-                    "dead_pid": pid,
-                    "rebuilt": bool(torn),
-                    "dropped": dropped,
-                    "seconds": ns / 1e9,
-                },
-            )
+        self._log_evictions(log.isEnabledFor(logging.DEBUG) and not handles)
 
     # --- reading and writing, the slower ones ---------------------------------------
 
@@ -705,7 +607,7 @@ class Cache(Slab):
         started = time.monotonic()
         removed = 0
         for shard in range(self._settings.shards):
-            if not self._due(shard):
+            if not self._is_due(shard):
                 continue
             while (count := self._step(shard, STEP)) >= 0:
                 removed += count
@@ -723,10 +625,10 @@ class Cache(Slab):
         # What the sweeper does: expired entries, our noted hits, dead workers' rows.
         self._require_open()
         self._heed_log_level()
-        self._flush_touches()
+        self._flush_recency()
         self.sweep(budget)
         self._attachment.reap()
-        behind = any(self._due(shard) for shard in range(self._settings.shards))
+        behind = any(self._is_due(shard) for shard in range(self._settings.shards))
         return 0.01 if behind else self.cleanup_interval
 
     # --- as a mapping ---------------------------------------------------------------
@@ -735,7 +637,7 @@ class Cache(Slab):
         """How many live entries there are; removes what has expired first."""
         self._require_open()
         for shard in range(self._settings.shards):
-            while self._due(shard) and self._step(shard, STEP) >= 0:
+            while self._is_due(shard) and self._step(shard, STEP) >= 0:
                 pass
         words = self._attachment.words
         total = 0
@@ -846,7 +748,7 @@ class Cache(Slab):
         findings = _check.check_header(head)
         header = _check.read_header(head)
         for shard in range(geometry.shards):
-            data = self._snapshot(shard, 0, geometry.stride)
+            data = self._copy_shard(shard, 0, geometry.stride)
             findings += _check.check_shard(data, header, shard, quiescent=False)
         return findings
 
@@ -871,9 +773,13 @@ class Internals:
 
 
 @dataclass(frozen=True)
-class _EngineSettings:
+class EngineSettings:
+    """What ``Engine._bind`` needs of the settings."""
+
+    capacities: list[int]  # of each shard, in entries
+    clock: Callable[[], int] | None  # ns; None: CLOCK_MONOTONIC
     sliding: bool
-    ttl_ns: int
+    ttl_ns: int  # 0: never
     jitter_ppm: int
     created_at_ns: int
     lock_timeout_ns: int
@@ -967,28 +873,3 @@ def _attached(
     codec: Any,
 ) -> Cache:
     return kind.attach(name, lock_timeout=lock_timeout, clock=clock, codec=codec)
-
-
-def _shown_key(kind: int, data: bytes) -> str:
-    try:
-        return repr(decode_key(kind, data))
-    except SegmentCorrupt:
-        return repr(data)
-
-
-def _what_happened(dead: int, pid: int) -> str:
-    if not dead:
-        return "damage was met"
-    if dead <= 0xFFFF:  # no token
-        return "a process died taking or giving back its lock"
-    return f"process {pid or 'unknown'} died holding its lock"
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _in_engine(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__") == Slab.__module__

@@ -302,14 +302,15 @@ class HandleMap:
             self._callbacks = Callbacks(self._run, self._callback_threads)
             local = _Local(token, registry._settings.shards)
             for shard in range(registry._settings.shards):
-                local.read[shard], _ = registry._notices(shard, 0)
+                local.read[shard], _ = registry._read_mailbox(shard, 0)
             self._local = local
         return local
 
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called in this process."""
-        return self._registry.closed
+        closed: bool = self._registry.closed
+        return closed
 
     def _shared(self, local: _Local, key: Any) -> bytes:
         # Of the bytes kind, whose encoding costs nothing.
@@ -330,7 +331,7 @@ class HandleMap:
         if now - local.buried >= BURY:
             self._registry.bury(local)
             local.buried = now
-        self._registry._flush_touches()  # recency is the host's, too
+        self._registry._flush_recency()  # recency is the host's, too
         self._deliver(local)
         return LOOK if local.numbers or local.doomed else IDLE
 
@@ -347,7 +348,7 @@ class HandleMap:
             if words[registry._words_of(shard) + L.S_MAILBOX_HEAD] == read[shard]:
                 continue
             with local.lock:
-                head, notices = registry._notices(shard, read[shard])
+                head, notices = registry._read_mailbox(shard, read[shard])
                 for i in range(0, len(notices or ()), 3):
                     owner, number, cause = notices[i : i + 3]
                     if owner == local.token and number in local.numbers:
@@ -367,7 +368,9 @@ class HandleMap:
         # Of what has gone nobody knows the cause any more; most often it is the bound.
         registry = self._registry
         with local.lock:
-            heads = [registry._notices(shard, 0)[0] for shard in range(len(local.read))]
+            heads = [
+                registry._read_mailbox(shard, 0)[0] for shard in range(len(local.read))
+            ]
             for record in list(local.numbers.values()):
                 entry = registry.peek(record.shared, MISSING)
                 if entry is MISSING or entry[1] != record.number:
@@ -802,7 +805,7 @@ class HandleMap:
     def sweep(self, budget: float | None = None) -> int:
         """Remove what has expired, of any worker; how many.  As ``Cache.sweep``."""
         local = self._mine()
-        self._registry._flush_touches()
+        self._registry._flush_recency()
         removed = self._registry.sweep(budget)
         self._registry.bury(local)
         self._deliver(local)
@@ -837,7 +840,9 @@ class HandleMap:
             entry = self._registry.peek(record.shared, MISSING)
             if entry is not MISSING and entry[1] == record.number:
                 continue
-            told = [self._registry._notices(s, at)[0] for s, at in enumerate(heads)]
+            told = [
+                self._registry._read_mailbox(s, at)[0] for s, at in enumerate(heads)
+            ]
             if told == heads and (entry is not MISSING or not self._expires(record)):
                 findings.append(
                     f"handle {record.key!r} is open, and its entry has gone without"

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
-from shmcache._engine import compiled
+from shmcache._engine import is_compiled
 from shmcache._format import layout as L
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Stats:
             shards=settings.shards,
             workers=workers,
             age=(time.time_ns() - header.created_wall_ns) / 1e9,
-            compiled=compiled,
+            compiled=is_compiled,
         )
 
     @property

@@ -1,6 +1,7 @@
 """What every test gets: the right engine, a name of its own, and the checks after it.
 
 ``SHMCACHE_EXPECT=compiled`` or ``interpreted``: refuse to run with the other engine.
+``--full``, ``SHMCACHE_FULL=1``: storms and sweeps with the full amounts (amounts.py).
 ``SHMCACHE_CI=1``: a test skipped because something is not installed has failed.
 ``SHMCACHE_TREE=1``: test the tree, not the installed package (while developing).
 """
@@ -35,16 +36,30 @@ import shmcache
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
+# What fails in a rig is explained as in a test.
+pytest.register_assert_rewrite("model", "peers", "servers", "worker_app")
+
 ROOT = Path(__file__).resolve().parent.parent
-PURE = ROOT / "tests" / "pure"
 SHM = Path("/dev/shm")
 PATIENCE = 20.0  # seconds for what ends by itself; only a leak is waited for so long
 
 # --- what is under test ---------------------------------------------------------
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds ``--full``."""
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="run storms and sweeps with the full amounts of tests/rigs/amounts.py; "
+        "so does SHMCACHE_FULL=1",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Refuses to run on the wrong engine or on a stale package."""
+    if config.getoption("full"):
+        os.environ["SHMCACHE_FULL"] = "1"  # for child processes, too
     # Children start in other directories; theirs must not shadow the package either.
     os.environ["PYTHONSAFEPATH"] = "1"
     if paths := os.environ.get("PYTHONPATH"):
@@ -56,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"SHMCACHE_EXPECT={expected}, but shmcache is {mode} "
             f"({shmcache.__file__}): reinstall it with a C compiler at hand, "
-            "or set PYTHONPATH=tests/pure for the interpreted engine"
+            "or set SHMCACHE_ENGINE=interpreted for the interpreted engine"
         )
     if os.environ.get("SHMCACHE_TREE") != "1":
         for complaint in stale():
@@ -111,8 +126,12 @@ def pytest_report_header() -> list[str]:
     mode = "compiled" if shmcache.compiled else "interpreted"
     tree = " FROM THE TREE" if os.environ.get("SHMCACHE_TREE") == "1" else ""
     packages = ("msgpack", "posix_ipc", "xxhash", "psutil", "hypothesis")
+    from amounts import FULL
+
+    amounts = "full" if FULL else "moderate; `pytest --full` does all"
     return [
         f"shmcache {shmcache.__version__}, {mode}{tree}: {Path(shmcache.__file__)}",
+        f"amounts of storms and sweeps: {amounts}",
         f"{platform.python_implementation()} {platform.python_version()} on "
         f"{platform.system()} {platform.release()} {platform.machine()}, "
         + ", ".join(f"{name} {version(name)}" for name in packages),
@@ -224,10 +243,9 @@ def make_cache(
 @pytest.fixture
 def interpreted_env() -> dict[str, str]:
     """The environment of a child that shall run the interpreted engine."""
-    inherited = os.environ.get("PYTHONPATH")
     return {
         **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(PURE), inherited))),
+        "SHMCACHE_ENGINE": "interpreted",
         "SHMCACHE_EXPECT": "interpreted",
     }
 

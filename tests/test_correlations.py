@@ -370,7 +370,7 @@ def test_spans_are_exported_at_exit(name: str) -> None:
     """Spans under way when a process exits, the map having been dropped, are ended
     before the tracer provider is shut down, so none is lost."""
     pytest.importorskip("opentelemetry.sdk.trace")
-    script = Path(__file__).with_name("correlations_app.py")
+    script = Path(__file__).with_name("apps") / "correlations_app.py"
     done = subprocess.run(
         [sys.executable, str(script), name],
         stdout=subprocess.PIPE,

@@ -22,7 +22,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_processes import PATIENCE, Peer, names_of
+from peers import PATIENCE, Peer, names_of
 
 import shmcache
 from shmcache import Cause, HandleMap
@@ -563,7 +563,7 @@ def test_repair_may_have_lost_notices(
         )
         # Its remover died before the notice was counted.
         registry._attachment.words[at] = head
-        registry._repair(0)
+        registry._rebuild_shard(0)
     ledger.wait_for(1)
     assert [handle for handle, *_ in ledger.closed] == [3]
     assert sorted(handles) == [n for n in range(10) if n != 3]

@@ -1,6 +1,6 @@
-"""The other half of "both modes": the same tests, once more, without the .so files.
+"""The same tests once more, on the interpreted engine.
 
-Each test module is run in a pytest of its own, with ``tests/pure`` in PYTHONPATH.
+Each test module is run in a pytest of its own, with SHMCACHE_ENGINE=interpreted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ def repeats(path: Path) -> bool:
     return not marks or not re.search(r"\bmark\.(once|servers)\b", marks[0])
 
 
-MODULES = [path.name for path in sorted(HERE.glob("test_*.py")) if repeats(path)]
+MODULES = [
+    path.relative_to(HERE).as_posix()
+    for path in sorted(HERE.rglob("test_*.py"))
+    if repeats(path)
+]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import re
 import subprocess
 import sys
@@ -56,45 +58,79 @@ def fresh(code: str, *options: str) -> str:
     return run.stdout.strip()
 
 
-def test_list_of_compiled_modules_is_true(pyproject: dict[str, Any]) -> None:
-    """Exactly the files that start with ``# cython:`` are in ext-modules."""
-    expected = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "shmcache").rglob("*.py")
-        if path.read_text(encoding="utf-8").startswith("# cython:")
-    }
-    listed = pyproject["tool"]["setuptools"]["ext-modules"]
-    assert expected == {source for ext in listed for source in ext["sources"]}
-    for ext in listed:
-        assert ext["sources"] == [ext["name"].replace(".", "/") + ".py"]
-        # Without it the install would fail where there is no compiler.
-        assert ext["optional"] is True
+def parts() -> list[Path]:
+    """The files that the extension is made of, in the order in which it has them."""
+    unit = ROOT / "shmcache/_engine/compiled.pyx"
+    included = re.findall(r'^include "(.*)"$', unit.read_text("utf-8"), re.MULTILINE)
+    return [(unit.parent / name).resolve() for name in included]
 
 
-def test_compiled_means_all_of_them(pyproject: dict[str, Any]) -> None:
-    """shmcache.compiled is true if every module of the list is, else false of all."""
-    code = "import importlib, sys; print(importlib.import_module(sys.argv[1]).__file__)"
-    for ext in pyproject["tool"]["setuptools"]["ext-modules"]:
-        run = subprocess.run(
-            [sys.executable, "-c", code, ext["name"]],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert shmcache.compiled == (not run.stdout.strip().endswith(".py"))
+def test_extension_is_rebuilt_when_a_part_changes(pyproject: dict[str, Any]) -> None:
+    """One extension, optional; ``depends`` lists each part, and each C header."""
+    (ext,) = pyproject["tool"]["setuptools"]["ext-modules"]
+    assert ext["sources"] == [ext["name"].replace(".", "/") + ".pyx"]
+    # Without it the install would fail where there is no compiler.
+    assert ext["optional"] is True
+    beside = (ROOT / "shmcache/_engine").iterdir()
+    declarations = {path for path in beside if path.suffix in {".pxd", ".h"}}
+    expected = {path.relative_to(ROOT).as_posix() for path in {*parts(), *declarations}}
+    assert expected == set(ext["depends"])
 
 
-def test_compiled_modules_list_what_they_cimport(pyproject: dict[str, Any]) -> None:
-    """A module is rebuilt when a .pxd that it names, or a header of that, changes."""
-    for ext in pyproject["tool"]["setuptools"]["ext-modules"]:
-        text = (ROOT / ext["sources"][0]).read_text(encoding="utf-8")
-        expected = set()
-        for path in (ROOT / "shmcache").rglob("*.pxd"):
-            if f"cython.cimports.shmcache.{path.parent.name}.{path.stem}" in text:
-                names = re.findall('extern from "(.*)"', path.read_text("utf-8"))
-                needed = [path, *(path.with_name(name) for name in names)]
-                expected |= {file.relative_to(ROOT).as_posix() for file in needed}
-        assert expected == set(ext.get("depends", ()))
+def test_engine_includes_all_its_parts() -> None:
+    """No part of the engine is forgotten: each module of the folder is included."""
+    if not (ROOT / "shmcache").is_dir():
+        pytest.skip("tests were copied out of their tree: no shmcache/ beside")
+    folder = (ROOT / "shmcache/_engine").resolve()
+    modules = {path.name for path in folder.glob("*.py")}
+    included = {path.name for path in parts() if path.parent == folder}
+    assert modules - included == {"__init__.py", "interpreted.py"}
+
+
+def test_names_of_parts_are_unique() -> None:
+    """All parts share one namespace when compiled, so no two define the same name."""
+    if not (ROOT / "shmcache").is_dir():
+        pytest.skip("tests were copied out of their tree: no shmcache/ beside")
+    owner: dict[str, str] = {}
+    for path in parts():
+        for node in ast.parse(path.read_text("utf-8")).body:
+            names: list[str] = []
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names = [node.name]
+            elif isinstance(node, ast.Assign):
+                names = [t.id for t in node.targets if isinstance(t, ast.Name)]
+            for name in names:
+                assert owner.setdefault(name, path.name) == path.name, name
+
+
+@pytest.mark.parametrize("wanted", ["", "compiled", "interpreted"])
+def test_environment_chooses_the_engine(wanted: str) -> None:
+    """Compiled if it was built, unless SHMCACHE_ENGINE says otherwise."""
+    if wanted == "compiled" and not shmcache.compiled:
+        pytest.skip("this run is interpreted, so the engine may not have been built")
+    environment = {k: v for k, v in os.environ.items() if k != "SHMCACHE_ENGINE"}
+    run = subprocess.run(
+        [sys.executable, "-c", "import shmcache; print(shmcache.compiled)"],
+        env={**environment, "SHMCACHE_ENGINE": wanted},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if wanted or shmcache.compiled:
+        assert run.stdout.strip() == str(wanted != "interpreted")
+
+
+def test_unknown_engine_is_refused() -> None:
+    """The message names the value and what to set."""
+    run = subprocess.run(
+        [sys.executable, "-c", "import shmcache"],
+        env={**os.environ, "SHMCACHE_ENGINE": "fast"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "SHMCACHE_ENGINE is 'fast'; set it to compiled or interpreted" in run.stderr
 
 
 def test_every_file_of_the_tree_is_installed() -> None:

@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry, generate_latest, start_http_ser
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
-from test_servers import APPS, Kind, Server, UnixConnection
+from servers import APPS, Kind, Server, UnixConnection
 
 import shmcache
 from shmcache import Cache, EntryTooLarge, HandleMap

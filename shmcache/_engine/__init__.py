@@ -1,45 +1,54 @@
 """The engine: everything that happens inside, or in place of, a shard's lock.
 
-Upper layers import the engine, and the codecs that belong to it, from here.
+The same parts run compiled (one extension, ``compiled``) or ``interpreted``.  A process
+uses the compiled engine if it was built, unless the environment variable
+``SHMCACHE_ENGINE`` says "interpreted"; "compiled" makes the import fail where it was
+not built.  Both can be loaded side by side, because their modules have different names.
+
+Upper layers import the engine, and the codecs that were built with it, from here.
+README.md in this folder has the rules that all parts keep.
 """
 
 from __future__ import annotations
 
-from shmcache._engine.slab import (
-    MISSING,
-    Slab,
-    close_semaphores,
-    compiled,
-    leave_on_exit,
-    left_before_exit,
-    touch_buffers,
-)
-from shmcache._format.keys import decode_key, encode_key
-from shmcache._format.values import (
-    Codec,
-    FunctionCodec,
-    HandleCodec,
-    MsgpackCodec,
-    MsgspecCodec,
-    decode_tagged,
-    make_codec,
-)
+import os
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "MISSING",
-    "Codec",
-    "FunctionCodec",
-    "HandleCodec",
-    "MsgpackCodec",
-    "MsgspecCodec",
-    "Slab",
-    "close_semaphores",
-    "compiled",
-    "decode_key",
-    "decode_tagged",
-    "encode_key",
-    "leave_on_exit",
-    "left_before_exit",
-    "make_codec",
-    "touch_buffers",
-]
+_wanted = os.environ.get("SHMCACHE_ENGINE", "")
+if _wanted not in {"", "compiled", "interpreted"}:
+    raise ImportError(
+        f"SHMCACHE_ENGINE is {_wanted!r}; set it to compiled or interpreted, or unset"
+        " it to use the compiled engine if there is one"
+    )
+if TYPE_CHECKING or _wanted == "interpreted":
+    from shmcache._engine import interpreted as chosen
+else:
+    try:
+        import shmcache._engine.compiled as chosen
+    except ModuleNotFoundError as error:
+        # An engine that is there and cannot be loaded is an error, and not hidden.
+        if error.name != "shmcache._engine.compiled":
+            raise
+        if _wanted:
+            raise ImportError(
+                "SHMCACHE_ENGINE=compiled, but the engine was not compiled: install a C"
+                " compiler and Python's headers, then reinstall shmcache"
+            ) from error
+        from shmcache._engine import interpreted as chosen
+
+MISSING = chosen.MISSING
+Codec = chosen.Codec
+Engine = chosen.Engine
+FunctionCodec = chosen.FunctionCodec
+HandleCodec = chosen.HandleCodec
+MsgpackCodec = chosen.MsgpackCodec
+MsgspecCodec = chosen.MsgspecCodec
+close_semaphores = chosen.close_semaphores
+decode_key = chosen.decode_key
+decode_tagged = chosen.decode_tagged
+encode_key = chosen.encode_key
+is_compiled: bool = chosen.compiled
+leave_on_exit = chosen.leave_on_exit
+left_before_exit = chosen.left_before_exit
+make_codec = chosen.make_codec
+recency_buffers = chosen.recency_buffers

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _FIRST_PAUSE = 0.000_5
 _LONGEST_PAUSE = 0.02
 _CROWD_PATIENCE = 1.0
-CROWDED = 1  # what Slab._claim says when the table is full
+CROWDED = 1  # what Engine._enter_flight says when the table is full
 
 
 class Flight:
@@ -63,7 +63,7 @@ class Flight:
             holder = attachment.token
             first = attachment.flights.setdefault(self._hash, self)
             if first is self:
-                holder = cache._claim(self._shard, self._hash, dead)
+                holder = cache._enter_flight(self._shard, self._hash, dead)
                 if holder == CROWDED:
                     if self._make_room():
                         continue
@@ -103,9 +103,9 @@ class Flight:
         # Give back what the dead have claimed; whether there was any.
         cache = self._cache
         alive = cache._attachment.alive
-        dead = [t for t in cache._claimants(self._shard) if not alive(t)]
+        dead = [t for t in cache._fliers(self._shard) if not alive(t)]
         for token in dead:
-            cache._disclaim(self._shard, token)
+            cache._free_flights(self._shard, token)
         return bool(dead)
 
     def _may_go_unclaimed(self, waited: float) -> bool:
@@ -125,6 +125,6 @@ class Flight:
         finally:
             if flights.get(self._hash) is self:
                 try:
-                    cache._unclaim_key(self._shard, self._hash)
+                    cache._leave_flight(self._shard, self._hash)
                 finally:
                     flights.pop(self._hash, None)

@@ -182,7 +182,7 @@ def _locked_copy(name: str, shard: int, size: int) -> bytes | None:
             return None
         try:
             with Cache.attach(name, lock_timeout=2) as cache:
-                data: bytes = cache._snapshot(shard, 0, size)
+                data: bytes = cache._copy_shard(shard, 0, size)
                 return data
         except (ShmCacheError, ValueError):  # a stopped writer; a codec not known here
             return None

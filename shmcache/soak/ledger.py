@@ -87,7 +87,7 @@ def read_books(cache: Cache) -> Books:
     space, slots = Account(0, 0, 0), Account(0, 0, 0)
     sums = [0] * L.S_COUNTERS_END
     for shard in range(geometry.shards):
-        data = cache._snapshot(shard, 0, geometry.stride)
+        data = cache._copy_shard(shard, 0, geometry.stride)
         blocks = _check.account_shard(data, header)
         space += Account(blocks.capacity, blocks.used, blocks.free)
         slots += count_slots(data, geometry)

@@ -590,12 +590,12 @@ def check(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
 
 @scenario(some)
 def repair(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
-    cache._repair(0)
+    cache._rebuild_shard(0)
 
 
 @scenario(mortal, timed=True)
 def repair_mortal(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
-    cache._repair(0)
+    cache._rebuild_shard(0)
 
 
 # Workers: nothing of these is in a shard.

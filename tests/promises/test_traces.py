@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-import shmcache
+from amounts import ACCESSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-HERE = Path(__file__).resolve().parent
+    import shmcache
 
-# Accesses taken from each trace.
-LENGTH = 250_000 if shmcache.compiled else 6_000
+HERE = Path(__file__).resolve().parent
 
 TRACES = [
     "web07.trace.xz",
@@ -82,8 +80,8 @@ def test_hits_are_those_of_an_lru(
     make_cache: Callable[..., shmcache.Cache], name: str, capacity: int
 ) -> None:
     """Access by access a cache of one shard hits when an exact LRU does."""
-    trace = list(islice(accesses(folder() / name), LENGTH))
-    assert len(trace) > LENGTH // 10
+    trace = list(islice(accesses(folder() / name), ACCESSES))
+    assert len(trace) > ACCESSES // 10
     expected = reference(trace, capacity)
     cache = make_cache(max_entries=capacity, max_bytes=64 * capacity, shards=1)
     hits = []

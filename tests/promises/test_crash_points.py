@@ -4,7 +4,7 @@ The dying process runs the interpreted engine, in which every store into the seg
 and every call on a semaphore can be counted (crash_rig.py).  For each n, a forked
 child dies right before its n-th step, and this process, on the engine under test,
 looks at what it left: a death at a store is the same to both engines, and both must
-repair it.
+repair it.  The full run visits each n, a moderate one some of them (amounts.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import crash_rig
 import posix_ipc
 import pytest
+from amounts import EVERY_DEATH, offset, points
 from crash_rig import (
     COUNTED,
     COUNTER,
@@ -123,7 +124,7 @@ class Scene:
         log.set_level(logging.WARNING, "shmcache")
         self.keys = Keys(self.cache)
         self.scenario.fill(self.cache, self.clock, self.keys)
-        self.cache._flush_touches()
+        self.cache._flush_recency()
         self._now = self.clock.ns
         self.attachment = self.cache._attachment
         self._geometry = self.attachment.header.geometry
@@ -281,7 +282,8 @@ def test_1_death_at_any_step_costs_at_most_the_entry_in_flight(
         left_allowed = either(scene.before_left, scene.times_left())
         for key, values in allowed.items():
             left_allowed[key] += values[2:]
-        for step in range(whole.steps):
+        visited = points(whole.steps, EVERY_DEATH, scene.name)
+        for step in visited:
             scene.restore()
             answer = zygote.order(scene.name, step)
             assert (answer.code, answer.steps) == (DEAD, step)
@@ -303,7 +305,7 @@ def test_1_death_at_any_step_costs_at_most_the_entry_in_flight(
             scene.exercise()
             assert scene.cache.check() == []
             scene.attachment.reap()
-    record_property("crash points", whole.steps)
+    record_property("crash points", len(visited))
 
 
 # First deaths after which there is much to repair, and the number of the step.
@@ -343,7 +345,8 @@ def test_1_death_in_repair_leaves_the_repair_to_the_next(
         repair = zygote.order("peek", FOR_EVER)
         assert repair.code == 0
         look(scene, allowed)
-        for step in range(repair.steps):
+        visited = points(repair.steps, EVERY_DEATH, f"{scene.name} {where}")
+        for step in visited:
             die_first()
             answer = zygote.order("peek", step)
             assert (answer.code, answer.steps) == (DEAD, step)
@@ -361,7 +364,7 @@ def test_1_death_in_repair_leaves_the_repair_to_the_next(
             scene.exercise()
             assert scene.cache.check() == []
             scene.attachment.reap()
-    record_property("crash points", repair.steps)
+    record_property("crash points", len(visited))
 
 
 @pytest.mark.parametrize("scene", WORKERS, indirect=True)
@@ -373,25 +376,25 @@ def test_1_death_of_a_worker_that_comes_goes_or_reaps(
     """Whatever step of the workers' table a process dies at: its row comes free again,
     and each worker's counts are in the sums once."""
     attachment = scene.attachment
-    counted = 0
+    counted = steps = 0
 
     def counts() -> int:
         return attachment.counters()[COUNTER - L.R_COUNTERS]
 
     with scene.zygote(interpreted_env) as zygote:
-        steps = FOR_EVER
-        step = -1
-        while step < steps:
+        visited = [FOR_EVER]  # first to the end, then up to each step
+        while visited:
+            step = visited.pop(0)
             for _ in range(3):
                 # Dead ones that have counted; "reap" finds them.
                 if scene.name == "reap":
                     assert zygote.order("count_and_close", 1).code == DEAD
                     counted += COUNTED
-            # First to the end, then up to each step.
-            answer = zygote.order(scene.name, step if step >= 0 else FOR_EVER)
-            assert answer.code == (DEAD if step >= 0 else 0)
-            if step < 0:
+            answer = zygote.order(scene.name, step)
+            assert answer.code == (0 if step == FOR_EVER else DEAD)
+            if step == FOR_EVER:
                 steps = answer.steps
+                visited += points(steps, EVERY_DEATH, scene.name)
             if scene.name == "count_and_close" and answer.steps > 0:
                 counted += COUNTED
             assert counts() == counted
@@ -400,8 +403,7 @@ def test_1_death_of_a_worker_that_comes_goes_or_reaps(
             assert counts() == counted
             assert len(attachment.tokens()) == 2
             assert scene.cache.check() == []
-            step += 1
-    record_property("crash points", steps)
+    record_property("crash points", len(points(steps, EVERY_DEATH, scene.name)))
 
 
 @pytest.mark.parametrize("act", HANDLES)
@@ -415,7 +417,7 @@ def test_1_death_of_one_who_removes_handles(
     closes what has gone, once, and keeps the rest; the dead one's handles go."""
     closed: list[str] = []
     clock = Clock()
-    step, whole = 0, False
+    step, deaths, whole = offset(EVERY_DEATH, act), 0, False
     settings: dict[str, Any] = {"max_entries": 4, "max_bytes": 64 * 64, "ttl": 10}
     handles = HandleMap(
         name,
@@ -446,9 +448,10 @@ def test_1_death_of_one_who_removes_handles(
             assert handles._callbacks.wait(60)
             assert sorted(closed) == opened
             closed.clear()
-            step += 1
+            step += EVERY_DEATH
+            deaths += not whole
     assert step > 20
-    record_property("crash points", step)
+    record_property("crash points", deaths)
 
 
 def names_of(cache: str) -> list[str]:
@@ -476,23 +479,24 @@ def test_1_death_at_any_line_of_life(
         other = None
         if life == "attach_and_leave":
             other = at_end.enter_context(shmcache.Cache(name, **settings))
-        lines = FOR_EVER
-        line = -1
-        while line < lines:
-            answer = zygote.order(life, line if line >= 0 else FOR_EVER)
-            assert answer.code == (DEAD if line >= 0 else 0)
-            if line < 0:
+        visited = [FOR_EVER]  # first to the end, then up to each line
+        lines = 0
+        while visited:
+            line = visited.pop(0)
+            answer = zygote.order(life, line)
+            assert answer.code == (0 if line == FOR_EVER else DEAD)
+            if line == FOR_EVER:
                 lines = answer.steps
+                visited += points(lines, EVERY_DEATH, life)
             else:
                 assert answer.steps == line
             cache = other or shmcache.Cache(name, **settings)
-            assert dict(cache.items()) == (kept if line >= 0 and keeps else {})
+            assert dict(cache.items()) == (kept if line < FOR_EVER and keeps else {})
             cache.update(kept)
             assert cache["kept"] == kept["kept"]
             if other is None:
                 cache.close()  # which checks it
             assert bool(names_of(name)) == keeps
-            line += 1
         if other:
             other._attachment.reap()
             assert other.stats().workers == 1
@@ -500,4 +504,4 @@ def test_1_death_at_any_line_of_life(
             with shmcache.Cache(name, **settings) as cache:
                 cache.unlink()
     assert names_of(name) == []
-    record_property("crash points", lines)
+    record_property("crash points", len(points(lines, EVERY_DEATH, life)))

@@ -8,7 +8,6 @@ from the segment, 12 fairness.  A test's name begins with the number.
 from __future__ import annotations
 
 import fcntl
-import inspect
 import itertools
 import logging
 import os
@@ -34,8 +33,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import posix_ipc
 import psutil
 import pytest
+from amounts import (
+    CREATIONS_WITH_KILLS,
+    EVERY_STRIKE,
+    FAIRNESS_SECONDS,
+    SIGNALS_THAT_CALL,
+    SIGNALS_THAT_RAISE,
+    SPARE_PERMITS,
+    offset,
+)
 from crash_rig import SCENARIOS, Clock, Keys
-from test_processes import (
+from peers import (
     PATIENCE,
     SHM,
     Peer,
@@ -54,7 +62,6 @@ from shmcache import (
     SegmentCorrupt,
     SegmentRefused,
 )
-from shmcache._engine.slab import Slab
 from shmcache._format import check as _check
 from shmcache._format import layout as L
 from shmcache._process import attachment as _workers
@@ -513,6 +520,10 @@ def test_4_orphan_lives_on_in_the_cache_that_followed(name: str) -> None:
 # --- 5. exceptions out of signal handlers ---------------------------------------
 
 
+# The files of the interpreted engine.
+ENGINE = frozenset(map(str, Path(shmcache.__file__).parent.glob("_engine/*.py")))
+
+
 class Strike(BaseException):
     """What a signal handler raises."""
 
@@ -563,7 +574,7 @@ class Stage:
         )
         self.keys = Keys(self.cache)
         self.scenario.fill(self.cache, self.clock, self.keys)
-        self.cache._flush_touches()
+        self.cache._flush_recency()
         self.now = self.clock.ns
         attachment = self.cache._attachment
         self.header = _check.read_header(attachment.block.view)
@@ -580,7 +591,7 @@ class Stage:
     def strike(self, n: int, what: str) -> bool:
         """Run the scenario up to the n-th line or bytecode; False if it has fewer."""
         self.restore()
-        sys.settrace(Striker(n, what, {inspect.getsourcefile(Slab)}))
+        sys.settrace(Striker(n, what, ENGINE))
         try:
             self.scenario.act(self.cache, self.clock, self.keys)
         except Strike:
@@ -601,7 +612,7 @@ class Stage:
     def findings(self) -> list[str]:
         """What the checker says of the shard."""
         stride = self.header.geometry.stride
-        data = self.cache._snapshot(0, 0, stride)
+        data = self.cache._copy_shard(0, 0, stride)
         return _check.check_shard(data, self.header, 0, quiescent=False)
 
 
@@ -656,6 +667,8 @@ def test_5_exception_at_any_line(make_cache: Callable[..., Cache], name: str) ->
     stage = Stage(name, make_cache)
     step = 1 if name in AT_EVERY_LINE else 31 if "repair" in name else 11
     first = 1 if step == 1 else 1 + OPERATIONS.index(name) % step
+    if EVERY_STRIKE > 1:
+        first, step = 1 + offset(step * EVERY_STRIKE, name), step * EVERY_STRIKE
     assert check_strikes(stage, itertools.count(first, step), "line") > 0
 
 
@@ -666,7 +679,8 @@ def test_5_exception_at_any_bytecode(
 ) -> None:
     """An exception at any bytecode does as little harm as one at any line."""
     stage = Stage(name, make_cache)
-    assert check_strikes(stage, itertools.count(1, 3), "opcode") > 50
+    numbers = itertools.count(1 + offset(EVERY_STRIKE, name), 3 * EVERY_STRIKE)
+    assert check_strikes(stage, numbers, "opcode") > 50 // EVERY_STRIKE
 
 
 @interpreted_only
@@ -685,7 +699,7 @@ def test_5_others_write_after_an_exception(make_cache: Callable[..., Cache]) -> 
 
     peer = Peer(body)
     assert peer.hear() == "in"
-    for n in itertools.count(1):
+    for n in itertools.count(1 + offset(EVERY_STRIKE, "others"), EVERY_STRIKE):
         if not stage.strike(n, "line"):
             break
         peer.say(n)
@@ -768,7 +782,7 @@ def test_5_exception_while_coming_or_going(
             link.send("gone")
 
     peer = Peer(body)
-    for n in itertools.count(1):
+    for n in itertools.count(1 + offset(EVERY_STRIKE, what), EVERY_STRIKE):
         now = f"{name}-{n}"
         if what == "warm":
             Cache(now, **PERSISTENT).close()
@@ -865,10 +879,10 @@ sys.stdin.read()
 
 
 def test_5_handlers_that_raise(make_cache: Callable[..., Cache]) -> None:
-    """A process that is struck by hundreds of exceptions out of a signal handler, at
+    """A process that is struck by many exceptions out of a signal handler, at
     any point of time, and then does nothing, leaves a cache that others can use."""
     cache = make_cache(max_entries=30, max_bytes=16_384, cleanup_interval=300)
-    process = start(SIGNALS, "raises", cache.name, "400")
+    process = start(SIGNALS, "raises", cache.name, str(SIGNALS_THAT_RAISE))
     assert process.stdout.readline() == "end\n", finish(process)
     is_sound(cache)
     assert cache.stats().lock_timeouts == 0
@@ -880,7 +894,7 @@ def test_5_handler_that_uses_the_cache(make_cache: Callable[..., Cache]) -> None
     """A signal handler may use the cache that it interrupts: compiled, always;
     interpreted, it is told when it may not; never is there a deadlock."""
     cache = make_cache(max_entries=100, max_bytes=65_536, cleanup_interval=300)
-    process = start(SIGNALS, "uses", cache.name, "500")
+    process = start(SIGNALS, "uses", cache.name, str(SIGNALS_THAT_CALL))
     answer = process.stdout.readline() or finish(process)
     worked, refused = answer.split()
     assert worked == "True"
@@ -896,7 +910,6 @@ def test_5_handler_that_uses_the_cache(make_cache: Callable[..., Cache]) -> None
 # --- 6. creation ----------------------------------------------------------------
 
 CREATORS = 50
-ROUNDS = int(os.environ.get("SHMCACHE_CREATION_ROUNDS", "30"))
 
 
 def admin_of(path: str) -> int | None:
@@ -933,11 +946,11 @@ def kill_a_creator(name: str, alive: set[int], told: int, random: Random) -> set
 def test_6_creators_killed_at_random(new_name: Callable[[], str]) -> None:
     """Of 50 processes that create a cache at once, one to three are killed while they
     have the admin lock: the others meet in one sound segment, and none is left when
-    they have gone; 100 times over."""
+    they have gone; many times over."""
     random = Random(6)
     settings: dict[str, Any] = {"max_entries": 2000, "shards": 4}
     rounds = 0
-    while rounds < ROUNDS:
+    while rounds < CREATIONS_WITH_KILLS:
         name = new_name()
         begin, go = os.pipe()
         told, tell = os.pipe()
@@ -1536,7 +1549,6 @@ def plant(cache: Cache, key: str, data: bytes) -> None:
 # --- 12. fairness ---------------------------------------------------------------
 
 WRITERS = 8
-SECONDS = float(os.environ.get("SHMCACHE_FAIRNESS_SECONDS", "2"))
 LONGEST = 0.25  # s
 
 
@@ -1576,13 +1588,13 @@ def test_12_spare_permits_let_nobody_in_twice(
 ) -> None:
     """A semaphore that lets several in at once leaves one holder, and exact counts."""
     cache = make_cache(max_entries=100, shards=1, lock_timeout=PATIENCE)
-    name, times = cache.name, 200_000 if shmcache.compiled else 3000
+    name = cache.name
 
     def count(link: Connection) -> None:
         with Cache.attach(name, lock_timeout=PATIENCE) as mine:
             link.send("ready")
             link.recv()
-            for _ in range(times):
+            for _ in range(SPARE_PERMITS):
                 mine.incr("n", initial=0)
             link.send("done")
 
@@ -1603,7 +1615,7 @@ def test_12_spare_permits_let_nobody_in_twice(
         assert writer.hear() == "done"
         writer.end()
     assert spare > 10
-    assert cache["n"] == len(writers) * times
+    assert cache["n"] == len(writers) * SPARE_PERMITS
     assert cache.stats().recoveries == 0
     assert cache.check() == []
 
@@ -1621,12 +1633,12 @@ def test_12_nobody_starves(make_cache: Callable[..., Cache]) -> None:
     name = cache.name
 
     def write(number: int, link: Connection) -> None:
-        signal.alarm(PATIENCE + round(SECONDS))
+        signal.alarm(PATIENCE + FAIRNESS_SECONDS)
         with Cache.attach(name, lock_timeout=PATIENCE) as mine:
             mine["in"] = 1
             link.send("ready")
             link.recv()
-            link.send(hammer(mine, number, SECONDS))
+            link.send(hammer(mine, number, FAIRNESS_SECONDS))
 
     writers = [Peer(partial(write, number)) for number in range(WRITERS)]
     for writer in writers:
@@ -1636,7 +1648,7 @@ def test_12_nobody_starves(make_cache: Callable[..., Cache]) -> None:
         writer.say()
     results = []
     for writer in writers:
-        assert writer.link.poll(PATIENCE + SECONDS)
+        assert writer.link.poll(PATIENCE + FAIRNESS_SECONDS)
         results.append(writer.hear())
     turn = (time.monotonic() - started) / (shard_word(cache, L.S_ACQUISITIONS) - first)
     for writer in writers:

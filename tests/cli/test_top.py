@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_processes import PATIENCE, Peer
+from peers import PATIENCE, Peer
 
 pytest.importorskip("rich")
 

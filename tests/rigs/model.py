@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from conftest import Clock
 
-EXAMPLES = 60 if shmcache.compiled else 30
 STEPS = 50
 
 LEFT_OUT: Any = ...
@@ -632,14 +631,3 @@ def run(
         Machine,
         settings=settings(max_examples=examples, stateful_step_count=STEPS),
     )
-
-
-@pytest.mark.parametrize("machine", [OneShard, ManyShards])
-def test_cache_agrees_with_the_model(
-    machine: type[OneShard],
-    new_name: Callable[[], str],
-    clock: Clock,
-    checker: None,
-) -> None:
-    """Whatever the history, every result is the model's, and the segment is sound."""
-    run(machine, new_name, type(clock), EXAMPLES)

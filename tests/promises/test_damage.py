@@ -1,8 +1,9 @@
 """Damaged segments: no signal, no endless loop, no value that was never stored.
 
-``SHMCACHE_DAMAGES``: how many segments are damaged in all; ``SHMCACHE_SEED``: the seed,
-always the same unless given, so that a failure is of the change and not of the day.
-It names seed and round, which ``damage_rig.py`` repeats alone.
+``SHMCACHE_DAMAGES``: how many segments are damaged in all (amounts.py otherwise);
+``SHMCACHE_SEED``: the seed, always the same unless given, so that a failure is of the
+change and not of the day.  A failure names seed and round, and ``damage_rig.py`` can
+repeat that round alone.
 """
 
 from __future__ import annotations
@@ -15,12 +16,8 @@ import sys
 
 import damage_rig
 import pytest
+from amounts import DAMAGES
 
-import shmcache
-
-DAMAGES = int(
-    os.environ.get("SHMCACHE_DAMAGES", "24000" if shmcache.compiled else "1800")
-)
 SEED = int(os.environ.get("SHMCACHE_SEED", "1"))
 # Segments in use are the cheap ones; those at rest are attached to anew each time.
 BATCHES = [("used", batch) for batch in range(10)] + [("at rest", 0), ("handles", 0)]

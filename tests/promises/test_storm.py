@@ -1,6 +1,7 @@
 """SIGKILL at random moments under mixed load, thousands of times; and SIGSTOP.
 
-``SHMCACHE_KILLS``: how many processes are killed in each variant of the storm.
+``SHMCACHE_KILLS``: how many processes are killed in each variant of the storm
+(amounts.py otherwise).
 ``SHMCACHE_SEED``: the seed of what is random, to repeat a run (the machine's own
 timing stays random).
 """
@@ -16,14 +17,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import storm_rig
+from amounts import KILLS
 from storm_rig import ROOMY, VARIANTS
-
-import shmcache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-KILLS = int(os.environ.get("SHMCACHE_KILLS", "2000" if shmcache.compiled else "200"))
 SEED = int(os.environ.get("SHMCACHE_SEED", "0")) or secrets.randbits(32)
 
 

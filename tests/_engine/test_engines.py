@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from hypothesis.stateful import invariant
-from test_model import OneShard, run
+from model import OneShard, run
 
 import shmcache
 from shmcache import Cache
@@ -160,7 +160,7 @@ class TwoEngines(OneShard):
         """As before; and hits noted here are applied, so that order is exact."""
         for cache in self.handles:
             if isinstance(cache, Cache):
-                cache._flush_touches()
+                cache._flush_recency()
         super().is_sound()
 
 

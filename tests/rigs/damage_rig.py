@@ -115,8 +115,8 @@ class Rounds:
             cache[key] = value_of(key, 1)
         cache["counter"] = 41
         cache["float"] = 0.5
-        cache._claim(0, 12345, 0)
-        cache._flush_touches()
+        cache._enter_flight(0, 12345, 0)
+        cache._flush_recency()
 
     # --- damage -----------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class Rounds:
         """What the checker says of the shards; nobody repairs headers and rows."""
         findings = []
         for shard in range(self.geometry.shards):
-            data = self.cache._snapshot(shard, 0, self.geometry.stride)
+            data = self.cache._copy_shard(shard, 0, self.geometry.stride)
             findings += _check.check_shard(data, self.header, shard, quiescent=False)
         # Of two good entries with one version nobody knows which has the right one.
         return [line for line in findings if ", as slot" not in line]
@@ -306,7 +306,7 @@ class Rounds:
         self.seen[what] += 1
         self.use(rng)
         for shard in range(SETTINGS["shards"]):
-            self.cache._repair(shard)
+            self.cache._rebuild_shard(shard)
         self.use_what_is_sound(rng, what)
 
     def use_what_is_sound(self, rng: random.Random, what: str) -> None:

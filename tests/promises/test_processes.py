@@ -11,18 +11,17 @@ import signal
 import struct
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-import traceback
 import zlib
 from contextlib import suppress
 from random import Random
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from amounts import CLOSES, CREATIONS, INCREMENTS, READS
+from peers import PATIENCE, Peer, finish, names_of, run, run_and_end, start
 
-import shmcache
 from shmcache import Cache, CacheClosed, OutOfSharedMemory
 from shmcache._format import layout as L
 from shmcache._process.attachment import Attachment
@@ -32,99 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-SHM = "/dev/shm"
-PATIENCE = 60  # s; only a failing test waits so long
-# The interpreted engine does the same work, and less of it in the same time.
-MUCH = 10 if shmcache.compiled else 1
 METHODS = ("fork", "spawn", "forkserver")
 
 
-def names_of(name: str) -> list[str]:
-    """What is in /dev/shm for a cache."""
-    ours = f"shmcache-{os.getuid()}-{name}"
-    return sorted(
-        entry
-        for entry in os.listdir(SHM)
-        if entry == ours or entry.startswith((f"{ours}.", f"sem.{ours}."))
-    )
-
-
-# --- processes to talk to -------------------------------------------------------
-
-
-def run_and_end(body: Callable[..., object], *arguments: object) -> NoReturn:
-    """Runs ``body`` in a forked process and ends it, with 0 if nothing was raised."""
-    status = 1
-    try:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(PATIENCE)
-        body(*arguments)
-        status = 0
-    except BaseException:
-        os.write(2, traceback.format_exc().encode())
-    finally:
-        os._exit(status)
-
-
-class Peer:
-    """A forked process that runs ``body(link)``, and our end of the link."""
-
-    def __init__(self, body: Callable[[Connection], object]) -> None:
-        self.link, there = multiprocessing.Pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self.link.close()
-            run_and_end(body, there)
-        there.close()
-
-    def hear(self) -> Any:
-        """The next message from the process."""
-        assert self.link.poll(PATIENCE), f"process {self.pid} says nothing"
-        return self.link.recv()
-
-    def say(self, message: object = "go") -> None:
-        """Sends a message to the process."""
-        self.link.send(message)
-
-    def kill(self) -> None:
-        """Kills the process, as the kernel does when memory is short."""
-        os.kill(self.pid, signal.SIGKILL)
-        self.end(-signal.SIGKILL)
-
-    def end(self, status: int = 0) -> None:
-        """Waits for the end of the process, which must have this status."""
-        self.link.close()
-        assert status == os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-def start(script: str, *arguments: str, python: str = sys.executable) -> Any:
-    """An unrelated process that runs a script, with pipes to it."""
-    return subprocess.Popen(
-        [python, "-W", "always", "-c", textwrap.dedent(script), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: Any, given: str = "") -> str:
-    """What a script printed; it must have ended well and without any complaint."""
-    try:
-        output, complaints = process.communicate(given, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, complaints = process.communicate()
-    assert (0, "") == (process.returncode, complaints), output
-    return str(output)
-
-
-def run(script: str, *arguments: str) -> str:
-    """What an unrelated process prints that runs a script."""
-    return finish(start(script, *arguments))
-
-
-CLOSES = """
+CLOSES_BESIDE_WRITES = """
 import sys, threading
 from shmcache import Cache, CacheClosed
 
@@ -157,7 +67,7 @@ with Cache(name, max_entries=100) as cache:
 def test_close_beside_a_thread_that_writes(name: str) -> None:
     """A thread in the midst of writes is told that another has closed the cache, at
     whatever moment; nothing crashes, and nothing is left."""
-    assert run(CLOSES, name, "500") == "[]\n"
+    assert run(CLOSES_BESIDE_WRITES, name, str(CLOSES)) == "[]\n"
     assert names_of(name) == []
 
 
@@ -170,13 +80,12 @@ def test_counters_add_up_over_processes_and_threads(
 ) -> None:
     """No increment is lost, with the cache made before the fork or after it."""
     cache = make_cache(name)
-    each = 1000 * MUCH
 
     def count(link: Connection) -> None:
         mine = cache if created == "before" else Cache(name)
 
         def add() -> None:
-            for i in range(each):
+            for i in range(INCREMENTS):
                 mine.incr("all", initial=0)
                 mine.incr(i % 3, 2, initial=0)
 
@@ -193,8 +102,8 @@ def test_counters_add_up_over_processes_and_threads(
         peer.say()
     for peer in peers:
         peer.end()
-    assert 8 * each == cache["all"]
-    assert 2 * 8 * each == sum(cache.get_many([0, 1, 2]).values())
+    assert 8 * INCREMENTS == cache["all"]
+    assert 2 * 8 * INCREMENTS == sum(cache.get_many([0, 1, 2]).values())
 
 
 def test_fork_from_a_thread_while_others_write(
@@ -813,8 +722,8 @@ def test_leftovers_of_killed_users_are_replaced(name: str) -> None:
 
 def test_fifty_processes_start_at_once(new_name: Callable[[], str]) -> None:
     """They make one segment between them, without an error, and the last one of them
-    removes it: 20 times."""
-    for _ in range(20):
+    removes it, many times over."""
+    for _ in range(CREATIONS):
         name = new_name()
         starting, start = os.pipe()
 
@@ -908,7 +817,6 @@ def test_no_torn_or_foreign_value_in_a_million_reads(
     values of that very key, as they were written, or none."""
     # Less room than the keys' largest values need together.
     cache = make_cache(max_entries=6, max_bytes=8192, shards=1)
-    reads = 25_000 * MUCH
     read = {"get": cache.get, "peek": cache.peek, "gets": lambda k: cache.gets(k)[0]}
 
     def write(link: Connection) -> None:
@@ -928,7 +836,7 @@ def test_no_torn_or_foreign_value_in_a_million_reads(
     def look(how: str, seed: int, found: list[int], wrong: list[object]) -> None:
         get = read[how]
         hits = 0
-        for key in Random(seed).choices(KEYS, k=reads):
+        for key in Random(seed).choices(KEYS, k=READS):
             value = get(key)  # type: ignore[no-untyped-call]
             if value is not None:
                 hits += 1
@@ -957,7 +865,7 @@ def test_no_torn_or_foreign_value_in_a_million_reads(
     writers = [Peer(write) for _ in range(2)]
     readers = [Peer(read_all) for _ in range(2)]
     hits = 0
-    for _ in range(2 * reads):
+    for _ in range(2 * READS):
         # This process reads as well.
         for key in KEYS[:2]:
             value = cache.get(key)
@@ -971,8 +879,8 @@ def test_no_torn_or_foreign_value_in_a_million_reads(
     for writer in writers:
         writer.say("stop")
         writer.end()
-    # 12 x 25,000 reads; compiled, three million.
-    assert hits > 2 * reads
+    # In the full run of the compiled engine these are three million reads.
+    assert hits > 2 * READS
 
 
 # --- threads, the collector, and the end of a process ---------------------------

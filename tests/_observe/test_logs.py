@@ -251,7 +251,17 @@ def test_evictions_are_noted_only_at_debug(
         sys.setprofile(None)
     assert called == []
     assert cache.stats().evicted == 7
-    assert cache._take_notes() == []
+    # Nor was anything noted that would be logged later.
+    handler, level = Records(), LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.DEBUG)
+    try:
+        cache._tend(1.0)
+        cache["one more"] = 1
+    finally:
+        LOGGER.setLevel(level)
+        LOGGER.removeHandler(handler)
+    assert handler.of("evicted") == []
 
 
 def test_level_is_heeded_while_the_cache_is_open(

@@ -54,7 +54,7 @@ def cache(make_cache: MakeCache) -> Iterator[shmcache.Cache]:
     made = make_cache()
     yield made
     if not made.closed:
-        assert made._claimants(0) == set()
+        assert made._fliers(0) == set()
     assert made._attachment.flights == {}
 
 
@@ -428,14 +428,14 @@ cache = shmcache.Cache.attach(sys.argv[1])
 cache.check()
 for i in range(int(sys.argv[2])):
     _, _, key_hash, shard = cache._key_hash(i)
-    assert cache._claim(shard, key_hash, 0) == 0
+    assert cache._enter_flight(shard, key_hash, 0) == 0
 print("claimed", flush=True)
 sys.stdin.read()
 if sys.argv[3] == "die":
     os._exit(1)
 for i in range(int(sys.argv[2])):
     _, _, key_hash, shard = cache._key_hash(i)
-    cache._unclaim_key(shard, key_hash)
+    cache._leave_flight(shard, key_hash)
 """
 
 
@@ -448,7 +448,7 @@ def test_claims_of_the_dead_do_not_add_up(cache: shmcache.Cache) -> None:
         check=False,
         timeout=PATIENCE,
     )
-    assert len(cache._claimants(0)) == 1
+    assert len(cache._fliers(0)) == 1
     assert cache.get_or_set("k", lambda: 5) == 5
 
 

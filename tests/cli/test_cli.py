@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import posix_ipc
 import pytest
-from test_processes import PATIENCE, SHM, Peer, names_of
+from peers import PATIENCE, SHM, Peer, names_of
 
 from shmcache import Cache, HandleMap, cli
 from shmcache._format import layout as L
@@ -334,7 +334,7 @@ def test_looking_changes_nothing(
         cache[key] = n
     cache.get("user:1")
     cache.get("absent")
-    cache._flush_touches()
+    cache._flush_recency()
     for name in (cache.name, handles.name):
         before = everything(name)
         done = shmcache(*[name if a == "NAME" else a for a in arguments])
@@ -523,7 +523,7 @@ def test_inspect(make_cache: Callable[..., Cache]) -> None:
         cache[f"key {n}"] = b"x" * 1000
     cache.get("key 4")
     cache.get("key 2")
-    cache._flush_touches()
+    cache._flush_recency()
     [record] = said("inspect", cache.name, "key 4")["records"]
     assert 0 <= record.pop("age") < 500 < record.pop("left") <= 1000
     for varying in ("hash", "checksum", "slot"):

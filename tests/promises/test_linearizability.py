@@ -19,7 +19,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_processes import MUCH, PATIENCE, run_and_end
+from amounts import HISTORIES
+from peers import PATIENCE, run_and_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -225,7 +226,6 @@ def test_history_without_an_explanation(name: str) -> None:
 
 # --- histories ------------------------------------------------------------------
 
-HISTORIES = 6 * MUCH
 WORKERS = 4
 STEPS = 30  # of a worker
 KEYS = ("k", "l")

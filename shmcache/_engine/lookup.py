@@ -1,0 +1,317 @@
+"""Looking up: reads without the lock, and under it where that cannot tell.
+
+Problem: a lock around every read makes readers wait for readers.
+
+Mechanism: a compiled reader takes no lock.  It walks the hash chain, which may change
+under it (so every index is checked and the steps are counted), copies the value, and
+then looks at the record's version once more.  If the version is odd and unchanged, the
+copy is of one live entry, whatever happened to other entries meanwhile.  "Not found"
+holds only if the shard's SEQ was even and is unchanged.
+
+After a few vain attempts the reader takes the lock like a writer - unless the writer
+inside makes no progress and yet lives (it was stopped, or its host is starved).  Then
+nothing moves, so what a walk finds is there, and what it does not find is missing.
+
+Death in the middle: readers write nothing to the shard but ``expires`` of sliding
+entries, which is one compare-and-swap.
+
+The interpreted engine has no memory fences, so it takes the lock for every read.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from msgpack import unpackb
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if cython.compiled:
+    from cython.cimports.shmcache._engine.memory import cas, pause
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        ATTEMPTS,
+        BYTES_TAG,
+        CODEC_TAG,
+        COUNTS_AS_USE,
+        F_BLOCK,
+        F_CHAIN,
+        F_CHECKSUM,
+        F_HASH,
+        F_META,
+        F_TTL,
+        F_VALUE_LEN,
+        MASK32,
+        META_KEY,
+        NEVER,
+        R_HITS,
+        R_MISSES,
+        RECENCY,
+        RICH_BYTE,
+        S_HITS,
+        S_MISSES,
+        S_SEQ,
+        V_EXPIRES,
+        WANTS_VALUE,
+        Index,
+        Word,
+    )
+    from shmcache._engine.lock import Lock
+    from shmcache._engine.words import MISSING, MOVED, UNSURE, key_bytes, unpack_ttl
+    from shmcache._format.fields import is_live, make_meta, tag_of
+    from shmcache._format.values import decode_tagged
+
+
+@cython.cclass
+class Lookup(Lock):
+    """Reading one entry."""
+
+    codec: Any
+    decode: Any
+    fast_unpack: cython.bint  # plain values can go to msgpack directly
+    sliding: cython.bint
+
+    @cython.cfunc
+    def _lookup(self, key: Any, mode: cython.int) -> Any:
+        # The value of a key, or True if the value is not wanted; MISSING when absent.
+        self._require_joined()
+        kb: bytes = key_bytes(key)
+        cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
+        kind, h, s, b = self._place(key, kb)
+        if cython.compiled:
+            value = self._read_optimistic(s, b, h, kind, kb, mode, False)
+            if value is not UNSURE:
+                return value
+        return self._read_locked(s, b, h, kind, kb, mode)
+
+    # --- without the lock -----------------------------------------------------------
+
+    @cython.cfunc
+    def _read_optimistic(
+        self,
+        s: Index,
+        b: Index,
+        h: Word,
+        kind: cython.uint,
+        kb: bytes,
+        mode: cython.int,
+        stuck: cython.bint,
+    ) -> Any:
+        # UNSURE when the lock must tell: the shard is too busy, the entry has expired
+        # (and must go), or damage was met.  ``stuck`` says that the writer inside the
+        # shard stands still; then an expired entry counts as missing.
+        cython.declare(_attempt=cython.int, slot=Index, version=Word)
+        try:
+            for _attempt in range(ATTEMPTS):
+                slot, version = self._walk_optimistic(b, h & MASK32, kind, kb, stuck)
+                if slot == 0:
+                    if mode & COUNTS_AS_USE:
+                        self.w64[self.row + R_MISSES] += 1
+                    return MISSING
+                if slot > 0:
+                    value = self._take_copy(
+                        s, b, h & MASK32, kb, slot, version, mode, stuck
+                    )
+                    if value is not MOVED:
+                        return value
+                elif cython.compiled:
+                    pause()
+        except IndexError:
+            self._require_joined()  # another thread may have closed the cache
+        return UNSURE
+
+    @cython.cfunc
+    def _walk_optimistic(
+        self, b: Index, h32: Word, kind: cython.uint, kb: bytes, stuck: cython.bint
+    ) -> tuple[Index, Word]:
+        # The slot of a key and the version that its record had; slot 0 if the key is
+        # certainly absent, -1 if this walk cannot tell.
+        want: cython.uint = make_meta(len(kb), kind, 0)
+        seq: Word = self._get_word(b + S_SEQ)
+        slot: Index = self.w32[self._bucket(b, h32)]
+        if cython.compiled and slot:
+            self._fetch_block(b, slot)
+        steps: Index = 0
+        cython.declare(v=Index, r=Index, version=Word, block=Index)
+        while slot:
+            v = self._record(b, slot)
+            r = 2 * v
+            version = self._get_word(v)
+            if (
+                self.w32[r + F_HASH] == h32
+                and self.w32[r + F_META] & META_KEY == want
+                and is_live(version)
+            ):
+                block = self.w32[r + F_BLOCK]
+                if self._same_key(b, block, kb):
+                    self.in_step = block == slot
+                    return slot, version
+            slot = self.w32[r + F_CHAIN]
+            steps += 1
+            if steps > self.slots:
+                return -1, 0
+        self._read_fence()
+        if (stuck or seq & 1 == 0) and seq == self._get_word(b + S_SEQ):
+            return 0, 0
+        return -1, 0
+
+    @cython.cfunc
+    def _take_copy(
+        self,
+        s: Index,
+        b: Index,
+        h32: Word,
+        kb: bytes,
+        slot: Index,
+        version: Word,
+        mode: cython.int,
+        stuck: cython.bint,
+    ) -> Any:
+        # What _lookup returns of the entry in a slot; MOVED if it has another version
+        # by now, UNSURE if the lock must tell.
+        v: Index = self._record(b, slot)
+        r: Index = 2 * v
+        value_len: Index = self.w32[r + F_VALUE_LEN]
+        expires: Word = self.w64[v + V_EXPIRES]
+        block: Index = self.w32[r + F_BLOCK]
+        tag: cython.uint = tag_of(self.w32[r + F_META])
+        checksum32: cython.uint = self.w32[r + F_CHECKSUM]
+        data: bytes = b""
+        self._read_fence()
+        if version != self._get_word(v):
+            return MOVED
+        if mode & WANTS_VALUE:
+            # Only now is the length known to be that of the entry.
+            if self._need(len(kb), value_len) > self.blocks:
+                return UNSURE
+            data = self._copy_out(b, block, len(kb), value_len)
+            self._read_fence()
+            if version != self._get_word(v):
+                return MOVED
+            if checksum32 != self._checksum(data, h32, tag):
+                return UNSURE
+        if expires != NEVER and not self._is_alive(v, expires, mode):
+            return MISSING if stuck else UNSURE
+        if mode & COUNTS_AS_USE:
+            self.w64[self.row + R_HITS] += 1
+            self._remember_use(s, b, slot, version)
+        if not mode & WANTS_VALUE:
+            return True
+        if tag == CODEC_TAG:
+            return self._decode(data)
+        if tag == BYTES_TAG:
+            return data
+        return decode_tagged(self.codec, tag, data)
+
+    @cython.cfunc
+    def _decode(self, data: bytes) -> Any:
+        # Most values go to msgpack without a detour.
+        if self.fast_unpack and len(data) and data[0] != RICH_BYTE:
+            try:
+                return unpackb(data)
+            except Exception:  # noqa: BLE001, S110 - the codec knows what to say
+                pass
+        return self.decode(data)
+
+    @cython.cfunc
+    @cython.exceptval(-1)
+    def _is_alive(self, v: Index, expires: Word, mode: cython.int) -> cython.bint:
+        # Whether an entry with an expiry lives.  In a sliding cache a use renews it.
+        now: Word = self._now()
+        if expires <= now:
+            return False
+        cython.declare(ttl=cython.uint, later=Word)
+        if self.sliding and mode & COUNTS_AS_USE:
+            ttl = self.w32[2 * v + F_TTL]
+            later = now + unpack_ttl(ttl)
+            if ttl and later > expires:
+                if cython.compiled:
+                    # If the record has become another entry's since, this fails, unless
+                    # that one was to expire at the same nanosecond.
+                    cas(cython.address(self.w64[v + V_EXPIRES]), expires, later)
+                else:
+                    self.w64[v + V_EXPIRES] = later
+        return True
+
+    @cython.cfunc
+    @cython.exceptval(-1)
+    def _remember_use(
+        self, s: Index, b: Index, slot: Index, version: Word
+    ) -> cython.int:
+        # Put a hit into the recency buffer.  A full buffer is applied if the lock is
+        # free; else its older half is forgotten.
+        at: Index = s * RECENCY
+        n: Index = self.recent_count[s]
+        i: Index
+        if n and self.recent_version[at + n - 1] == version:
+            return 0
+        if n == RECENCY:
+            if self._try_acquire(s, b):
+                self._start(s, b)  # applies the buffer
+                self._end(s, b)
+                n = 0
+            else:
+                n = RECENCY // 2
+                for i in range(n):
+                    self.recent_slot[at + i] = self.recent_slot[at + n + i]
+                    self.recent_version[at + i] = self.recent_version[at + n + i]
+        self.recent_slot[at + n] = slot
+        self.recent_version[at + n] = version
+        self.recent_count[s] = n + 1
+        return 0
+
+    # --- under the lock -------------------------------------------------------------
+
+    @cython.cfunc
+    def _read_locked(
+        self,
+        s: Index,
+        b: Index,
+        h: Word,
+        kind: cython.uint,
+        kb: bytes,
+        mode: cython.int,
+    ) -> Any:
+        # The same as _read_optimistic, but it can always tell.
+        now: Word = self._now()
+        data: bytes = b""
+        tag: cython.uint = 0
+        slot: Index
+        if not self._try_acquire(s, b) and not self._wait(s, b, False):
+            value = self._read_optimistic(s, b, h, kind, kb, mode, True)
+            if value is not UNSURE:
+                return value
+            self._wait(s, b, True)
+        self._start(s, b)
+        try:
+            slot = self._find_live(b, h, kind, kb, now)
+            if slot and mode & WANTS_VALUE:
+                data = self._value(b, slot, h)
+                tag = tag_of(self.w32[2 * self._record(b, slot) + F_META])
+            if mode & COUNTS_AS_USE:
+                self._count_lookup(b, slot)
+        except BaseException as error:
+            self._abort(s, b, error)
+            raise
+        self._end(s, b)
+        if slot == 0:
+            return MISSING
+        if not mode & WANTS_VALUE:
+            return True
+        return decode_tagged(self.codec, tag, data)
+
+    @cython.cfunc
+    @cython.exceptval(-1)
+    def _count_lookup(self, b: Index, slot: Index) -> cython.int:
+        # A hit (with its effects) or, for slot 0, a miss, under the lock.
+        v: Index
+        if slot == 0:
+            self.w64[b + S_MISSES] += 1
+            return 0
+        v = self._record(b, slot)
+        self.w64[b + S_HITS] += 1
+        self._use(b, slot)
+        if self.w64[v + V_EXPIRES] != NEVER:
+            self._is_alive(v, self.w64[v + V_EXPIRES], COUNTS_AS_USE)
+        return 0

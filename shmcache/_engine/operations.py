@@ -1,0 +1,357 @@
+"""Operations: the engine's last part, with the public methods of a cache that are hot.
+
+``Cache`` in ``shmcache/cache.py`` is a subclass of ``Engine``; it adds what a call can
+afford to do in Python: settings, coming and going, iteration, single flight,
+statistics.
+"""
+
+import functools
+import sys
+from array import array
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+from shmcache._arguments import Ttl
+from shmcache._format import layout as L
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        ADD,
+        ANY,
+        CAS,
+        COUNTS_AS_USE,
+        NEVER,
+        REPLACE,
+        S_HOLDER,
+        S_SEQ,
+        WANTS_VALUE,
+        Word,
+    )
+    from shmcache._engine.numbers import Numbers
+    from shmcache._engine.words import MISSING
+
+
+compiled: bool = cython.compiled
+
+
+@cython.cclass
+class Engine(Numbers):
+    """One attached segment: its shards, their locks, and the operations on them."""
+
+    def _bind(
+        self,
+        words: Any,
+        geometry: Any,
+        seed: int,
+        codec: Any,
+        settings: Any,
+        recency: Any,
+        peers: Any,
+    ) -> None:
+        """Point the engine at a mapped segment; ``_join`` follows.
+
+        Args:
+            words: The segment's bytes, a memoryview.
+            geometry: Its ``layout.Geometry``.
+            seed: The seed of its key hashes.
+            codec: Turns values into bytes and back.
+            settings: An ``EngineSettings``.
+            recency: The process's own, from ``recency_buffers``.
+            peers: What the engine asks of the processes around it.
+        """
+        self._bind_words(words, geometry, seed)
+        self._bind_recency(recency)
+        self.peers = peers
+        self.codec = codec
+        self.encode = codec.encode
+        self.decode = codec.decode
+        self.fast_tags = codec.name in {"msgpack", "pickle"}
+        self.fast_unpack = codec.name == "msgpack"
+        self.raw_only = codec.name == "raw"
+        self.notify = codec.name == L.HANDLES
+        self.clock = settings.clock
+        self.capacity = memoryview(array("Q", settings.capacities))
+        self.sliding = settings.sliding
+        self.default_ttl = settings.ttl_ns
+        self.jitter = settings.jitter_ppm
+        self.stamp_zero = settings.created_at_ns
+        self.lock_timeout = settings.lock_timeout_ns
+        self.lock_bounds = memoryview(
+            array("Q", [round(bound * 1e9) for bound in L.LOCK_BOUNDS])
+        )
+        self.age_bounds = memoryview(
+            array("Q", [round(bound * 1e9) >> L.STAMP_SHIFT for bound in L.AGE_BOUNDS])
+        )
+        self.random = 1
+        self.has_news = False
+        self.repair_log = []
+        self.evicted_log = []
+        self.logs_evictions = False
+        self.owners = {}
+        self.pysems = []
+        self.sems = memoryview(array("Q"))
+        self.opened = []
+        self.waiting = 0
+        self.inside = {}
+
+    def _is_joined(self) -> bool:
+        """Whether this process may go ahead without ``peers.enter``."""
+        return self.guard[0] == self.token
+
+    # --- reading --------------------------------------------------------------------
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return the value of a key, or ``default`` when it is absent.
+
+        A hit is a use: it renews the entry's LRU rank, and in a sliding cache its time.
+        O(1), without a lock when compiled.
+
+        Raises:
+            UnsupportedKey: The key is no str, bytes, int or tuple of these.
+            CacheClosed: The cache was closed in this process.
+            SegmentCorrupt: Damage was met; the shard has been rebuilt.
+        """
+        value = self._lookup(key, COUNTS_AS_USE | WANTS_VALUE)
+        return default if value is MISSING else value
+
+    def peek(self, key: Any, default: Any = None) -> Any:
+        """As ``get``, but it counts neither as a use nor as a hit or miss.  O(1)."""
+        value = self._lookup(key, WANTS_VALUE)
+        return default if value is MISSING else value
+
+    def __contains__(self, key: Any) -> bool:
+        """Whether a key is there; it is no use of the entry.  O(1)."""
+        return self._lookup(key, 0) is not MISSING
+
+    def __getitem__(self, key: Any) -> Any:
+        """As ``get``, but it raises KeyError when the key is absent.  O(1)."""
+        value = self._lookup(key, COUNTS_AS_USE | WANTS_VALUE)
+        if value is MISSING:
+            raise KeyError(key)
+        return value
+
+    def get_many(self, keys: Any) -> Any:
+        """Return a dict of those of the keys that are there.  O(keys)."""
+        self._require_joined()
+        found = {}
+        for key in keys:
+            value = self._lookup(key, COUNTS_AS_USE | WANTS_VALUE)
+            if value is not MISSING:
+                found[key] = value
+        return found
+
+    def gets(self, key: Any) -> tuple:
+        """Return ``(value, token)`` for ``cas``; ``(None, None)`` when absent.  O(1).
+
+        The token names this very version of the entry, and no other one ever again.
+        """
+        return self._read_versioned(key)
+
+    def ttl(self, key: Any) -> Any:
+        """Return the seconds that an entry has left; None if it never expires.  O(1).
+
+        Raises:
+            KeyError: The key is absent.
+        """
+        now: Word = self._now()
+        expires: Word = self._expiry(key)
+        if expires <= now:
+            raise KeyError(key)
+        if expires == NEVER:
+            return None
+        return (expires - now) / 1e9
+
+    # --- writing --------------------------------------------------------------------
+
+    def set(self, key: Any, value: Any, ttl: Ttl = ...) -> None:
+        """Store a value, in place of the key's former one if there is one.  O(1).
+
+        A full cache gives up what has expired, and then its least recently used
+        entries.
+
+        Args:
+            key: A str, bytes, int or tuple of these.
+            value: Anything that the codec takes.
+            ttl: Seconds after which the entry expires; None, never; left out, the
+                default of the cache.
+
+        Raises:
+            EntryTooLarge: Key and value could never fit.
+            UnsupportedKey: The key is none.
+            UnsupportedValue: The codec does not take the value.
+            LockTimeout: The lock was not to be had.  In all these cases nothing is
+                changed.
+        """
+        self._put(key, value, ttl, ANY, 0)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """As ``set`` with the default TTL of the cache.  O(1)."""
+        self._put(key, value, ..., ANY, 0)
+
+    def set_many(self, mapping: Any, ttl: Ttl = ...) -> None:
+        """Store several entries, each by itself.  O(entries)."""
+        self._require_joined()
+        if not hasattr(mapping, "items"):
+            raise TypeError(
+                f"set_many() takes a mapping, not a {type(mapping).__qualname__};"
+                " make a dict of pairs"
+            )
+        self._ttl(ttl)  # a bad one is refused also if there is nothing to store
+        for key, value in mapping.items():
+            self._put(key, value, ttl, ANY, 0)
+
+    def add(self, key: Any, value: Any, ttl: Ttl = ...) -> bool:
+        """Store only if the key is absent; whether it was stored.  Atomic, O(1)."""
+        return self._put(key, value, ttl, ADD, 0) != 0
+
+    def replace(self, key: Any, value: Any, ttl: Ttl = ...) -> bool:
+        """Store only if the key is there; whether it was stored.  Atomic, O(1)."""
+        return self._put(key, value, ttl, REPLACE, 0) != 0
+
+    def cas(self, key: Any, value: Any, token: Any, ttl: Ttl = ...) -> bool:
+        """Store only if the entry is unchanged; whether it was stored.  Atomic, O(1).
+
+        Args:
+            key: The key.
+            value: The new value.
+            token: From ``gets``: the entry must still be the version that was returned
+                with it.  None: the key must still be absent.
+            ttl: As of ``set``.
+        """
+        if token is None:
+            return self._put(key, value, ttl, ADD, 0) != 0
+        if type(token) is not int:
+            raise TypeError(f"token must be one that gets() returned, not {token!r}")
+        if not 0 < token <= L.MASK64:
+            token = 0  # of no entry, like any other that gets() did not return
+        return self._put(key, value, ttl, CAS, token) != 0
+
+    def touch(self, key: Any, ttl: Ttl = ...) -> bool:
+        """Give an entry a new time to live from now on; whether it was there.  O(1).
+
+        It is a use, too: the entry becomes the most recently used one.
+        """
+        return self._renew_ttl(key, ttl)
+
+    def incr(
+        self,
+        key: Any,
+        delta: Any = 1,
+        *,
+        initial: Any = None,
+        ttl: Ttl = ...,
+    ) -> Any:
+        """Add to a number, atomically over all processes; returns the sum.  O(1).
+
+        Args:
+            key: The key.
+            delta: An int or float.  An int and a float make a float.
+            initial: If the key is absent, ``initial + delta`` is stored.
+            ttl: Left out, an entry keeps its expiry (in a sliding cache this is a hit,
+                which renews it); else as of ``set``.
+
+        Raises:
+            KeyError: The key is absent, and no ``initial`` was given.
+            TypeError: The value is no number.
+            OverflowError: The sum leaves 64 bits.  In all these cases nothing is
+                changed.
+        """
+        return self._add(key, delta, initial, ttl)
+
+    def decr(
+        self,
+        key: Any,
+        delta: Any = 1,
+        *,
+        initial: Any = None,
+        ttl: Ttl = ...,
+    ) -> Any:
+        """Subtract from a number: ``incr`` with ``-delta``.  O(1)."""
+        if type(delta) is int or type(delta) is float:
+            delta = -delta
+        return self.incr(key, delta, initial=initial, ttl=ttl)
+
+    # --- removing -------------------------------------------------------------------
+
+    def delete(self, key: Any) -> bool:
+        """Remove an entry; whether it was there.  O(1)."""
+        return self._take(key, False) is not MISSING
+
+    def __delitem__(self, key: Any) -> None:
+        """As ``delete``, but it raises KeyError when the key is absent.  O(1)."""
+        if self._take(key, False) is MISSING:
+            raise KeyError(key)
+
+    def delete_many(self, keys: Any) -> int:
+        """Remove several entries; returns how many were there.  O(keys)."""
+        self._require_joined()
+        count = 0
+        for key in keys:
+            if self._take(key, False) is not MISSING:
+                count += 1
+        return count
+
+    def pop(self, key: Any, default: Any = MISSING) -> Any:
+        """Remove an entry and return its value.  O(1).
+
+        Of several processes that pop one key, one gets the value.  When the key is
+        absent, ``default`` is returned; without a default, KeyError is raised.
+        """
+        value = self._take(key, True)
+        if value is MISSING:
+            if default is MISSING:
+                raise KeyError(key)
+            return default
+        return value
+
+
+# Interpreted, an exception out of a signal handler may strike between any two
+# bytecodes, and so also between taking the lock and the ``try`` that would give it
+# back.  The outermost call of a thread therefore looks for what it still holds.
+
+if not cython.compiled:
+    # What is raised where words, semaphores or lock file have gone.
+    OF_CLOSING = (IndexError, OSError, ValueError)
+
+    def _release_all(engine: Any, frame: Any) -> None:
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").startswith("shmcache._engine."):
+                return  # inside another call: of a signal handler, or a codec
+            frame = frame.f_back
+        engine.peers.end_recoveries()
+        me = get_ident()
+        for s, owner in list(engine.owners.items()):
+            b = engine._base(s)
+            if owner == me and engine.w64[b + S_HOLDER] == engine.token:
+                if engine.w64[b + S_SEQ] & 1:
+                    engine._rebuild_and_log(s, b, 0)
+                engine._release(s, b)
+
+    def _guarded(method: Any) -> Any:
+        @functools.wraps(method)
+        def guarded(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(self, *args, **kwargs)
+            except BaseException as error:
+                if self.token and self.guard[0] == self.token:
+                    _release_all(self, sys._getframe(1))
+                elif self.token == 0 and type(error) in OF_CLOSING:
+                    self._require_joined()  # says that another thread has closed it
+                raise
+
+        return guarded
+
+    for _name in (
+        *("get", "peek", "__contains__", "__getitem__", "gets", "get_many", "ttl"),
+        *("set", "__setitem__", "add", "replace", "cas", "set_many", "touch"),
+        *("incr", "decr", "delete", "__delitem__", "pop", "delete_many"),
+        *("_flush_recency", "_step", "_scan", "_clear_step", "_pop_oldest"),
+        *("_rebuild_shard", "_copy_shard", "_renew", "_discard"),
+        *("_enter_flight", "_leave_flight", "_free_flights"),
+    ):
+        setattr(Engine, _name, _guarded(getattr(Engine, _name)))

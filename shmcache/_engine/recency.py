@@ -1,0 +1,156 @@
+"""Recency: which entries were used last, without a store to shared memory at each hit.
+
+Problem: exact LRU moves an entry to the front of a shared ring at each hit, which needs
+the lock, and makes readers write to memory that all processes read.
+
+Mechanism: each process keeps a recency buffer for each shard, in its own memory: slot
+and version of its hits.  The buffer is applied to the ring under the lock, before the
+process's next write to the shard, or when the buffer is full and the lock is free (see
+``_remember_use`` in ``lookup.py``).  So LRU order is exact within one process; for the
+others a use shows at most one buffer later.  A hit whose entry has been overwritten
+since has another version, and is dropped.
+
+Death in the middle: a process takes its buffer with it, which costs recency and nothing
+else.  A ring that is half changed is rebuilt by the next holder of the lock.
+"""
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import cython
+else:
+    from shmcache._format import shim as cython
+
+if cython.compiled:
+    from cython.cimports.shmcache._engine.memory import prefetch
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        F_LRU_NEXT,
+        F_LRU_PREV,
+        F_META,
+        META_FETCHED,
+        RECENCY,
+        RECENCY_SIZE,
+        Index,
+        Word,
+    )
+    from shmcache._engine.lists import Lists
+
+
+def recency_buffers(shards: int) -> Any:
+    """Recency buffers for a process's first use of a segment.
+
+    All Cache objects of a process that are on one segment share them, because any of
+    them may be the next to write.
+
+    Args:
+        shards: How many shards the segment has.
+
+    Returns:
+        Three views: slots and versions (``RECENCY_SIZE`` for each shard), and the
+        number of those in use (one for each shard).
+    """
+    return (
+        memoryview(array("I", bytes(4 * RECENCY_SIZE * shards))),
+        memoryview(array("Q", bytes(8 * RECENCY_SIZE * shards))),
+        memoryview(array("I", bytes(4 * shards))),
+    )
+
+
+@cython.cclass
+class Recency(Lists):
+    """The recency buffers of a process, and the moves within the LRU ring."""
+
+    recent_slot: cython.uint[::1]
+    recent_version: cython.ulonglong[::1]
+    recent_count: cython.uint[::1]
+    in_step: cython.bint  # see _fetch_block
+
+    def _bind_recency(self, buffers: Any) -> None:
+        """Use these buffers, which come from ``recency_buffers``."""
+        self.recent_slot, self.recent_version, self.recent_count = buffers
+        self.in_step = True
+
+    @cython.cfunc
+    @cython.exceptval(-1)
+    def _use(self, b: Index, slot: Index) -> cython.int:
+        # Make an entry the most recently used.
+        r: Index = 2 * self._record(b, slot)
+        sentinel: Index = 2 * self._record(b, 0)
+        before: Index = self.w32[r + F_LRU_PREV]
+        if not self.w32[r + F_META] & META_FETCHED:
+            self.w32[r + F_META] |= META_FETCHED
+        if before == 0:
+            return 0
+        after: Index = self.w32[r + F_LRU_NEXT]
+        first: Index = self.w32[sentinel + F_LRU_NEXT]
+        self.w32[2 * self._record(b, before) + F_LRU_NEXT] = after
+        self.w32[2 * self._record(b, after) + F_LRU_PREV] = before
+        self.w32[r + F_LRU_PREV] = 0
+        self.w32[r + F_LRU_NEXT] = first
+        self.w32[2 * self._record(b, first) + F_LRU_PREV] = slot
+        self.w32[sentinel + F_LRU_NEXT] = slot
+        return 0
+
+    @cython.cfunc
+    @cython.exceptval(-1)
+    def _apply_recency(self, s: Index, b: Index) -> cython.int:
+        # Empty the buffer of a shard into its ring; the caller holds the lock.
+        at: Index = s * RECENCY
+        n: Index = self.recent_count[s]
+        cython.declare(i=Index, r=Index, slot=Index)
+        self.recent_count[s] = 0
+        if cython.compiled and n > 4:
+            # The records lie all over the slab: their lines are fetched side by side.
+            for i in range(n):
+                r = 2 * self._record(b, self.recent_slot[at + i])
+                prefetch(cython.address(self.w32[r]))
+            for i in range(n):
+                self._fetch_neighbours(b, self.recent_slot[at + i])
+        for i in range(n):
+            slot = self.recent_slot[at + i]
+            if self.w64[self._record(b, slot)] == self.recent_version[at + i]:
+                self._use(b, slot)
+        return 0
+
+    # Lines of the slab that will be needed soon are asked for while there is other
+    # work.
+
+    @cython.cfunc
+    @cython.inline
+    @cython.exceptval(-1)
+    def _fetch_record(self, b: Index, h32: Word) -> cython.int:
+        # The first record of a bucket.  Without the lock it may be another one by then.
+        slot: Index = self.w32[self._bucket(b, h32)]
+        if slot <= self.slots:
+            prefetch(cython.address(self.w32[2 * self._record(b, slot)]))
+            self._fetch_block(b, slot)
+        return 0
+
+    @cython.cfunc
+    @cython.inline
+    @cython.exceptval(-1)
+    def _fetch_block(self, b: Index, slot: Index) -> cython.int:
+        # If all entries take one block each, slots and blocks are taken and freed
+        # together and so have the same numbers.  Then the block can be asked for before
+        # the record, which names it, has come.  This guess is made as long as the last
+        # entry that was found confirmed it.
+        if self.in_step and slot <= self.blocks:
+            at: Index = 8 * b + self.arena + (slot << self.block_shift)
+            prefetch(cython.address(self.mem[at]))
+            if self.block_shift > 6:
+                prefetch(cython.address(self.mem[at + 64]))
+        return 0
+
+    @cython.cfunc
+    @cython.inline
+    @cython.exceptval(-1)
+    def _fetch_neighbours(self, b: Index, slot: Index) -> cython.int:
+        # The records before and behind a slot in the LRU ring.
+        r: Index = 2 * self._record(b, slot)
+        near: Index = self.w32[r + F_LRU_PREV]
+        prefetch(cython.address(self.w32[2 * self._record(b, near)]))
+        near = self.w32[r + F_LRU_NEXT]
+        prefetch(cython.address(self.w32[2 * self._record(b, near)]))
+        return 0

@@ -1,0 +1,178 @@
+"""``Peers``: what the engine asks of the processes and threads around it.
+
+The engine knows words and locks.  Whether the process that holds a lock is alive, who
+it is, and what a log line says, it asks its one collaborator.  All calls are rare: the
+first use in a process, a long wait for a lock, and news after a lock was given back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from shmcache._engine import decode_key, is_compiled
+from shmcache._format import layout as L
+from shmcache.errors import ReentrantCall, SegmentCorrupt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
+    from types import FrameType
+
+    from shmcache._process.attachment import Attachment
+
+log = logging.getLogger("shmcache")
+
+# A token up to this is none: the holder died before it signed.
+_NO_TOKEN = 0xFFFF
+
+
+class Peers:
+    """The processes and threads that share one segment with an engine.
+
+    Args:
+        name: The name of the cache, for messages.
+        attachment: How this process is attached to the segment.
+        enter: Is called with the engine when its process has not joined, or has left:
+            it makes the engine a worker, or raises CacheClosed.
+    """
+
+    def __init__(
+        self, name: str, attachment: Attachment, enter: Callable[[Any], None]
+    ) -> None:
+        self._name = name
+        self._attachment = attachment
+        self.enter = enter
+
+    def is_dead(self, shard: int, holder: int) -> bool:
+        """Whether the worker that holds a shard's lock will never give it back."""
+        attachment = self._attachment
+        if holder != attachment.token:
+            return not attachment.alive(holder)
+        if is_compiled:
+            return False  # another thread of ours, which cannot lose the lock
+        # Interpreted, an exception out of a signal handler may strike between any two
+        # bytecodes, so the thread may have left without giving up the lock.
+        owner = attachment.owners.get(shard)
+        if owner == threading.get_ident():
+            return True  # it is not a nested call: check_reentry has looked
+        frame = sys._current_frames().get(owner or 0)
+        return not any(map(_in_engine, _frames(frame)))
+
+    def check_reentry(self, shard: int) -> None:
+        """Raise ReentrantCall if this thread waits for a lock that it holds itself."""
+        if self._attachment.owners.get(shard) != threading.get_ident():
+            return
+        frames = _frames(sys._getframe())
+        for frame in frames:
+            if not frame.f_globals.get("__name__", "").startswith("shmcache."):
+                break
+        if any(map(_in_engine, frames)):
+            raise ReentrantCall(
+                f"cache {self._name!r} was called from a signal handler, or a"
+                " finalizer, that interrupted an operation on the same shard; note the"
+                " event in the handler and use the cache after it (the compiled engine"
+                " allows this: install a C compiler, then reinstall shmcache)"
+            )
+
+    def recovery(self, shard: int) -> AbstractContextManager[None]:
+        """Be alone in becoming the holder of a shard, for an engine without CAS."""
+        return self._attachment.recovery(shard)
+
+    def end_recoveries(self) -> None:
+        """Give back what an exception has left of ``recovery`` in this thread."""
+        me = threading.get_ident()
+        for shard, owner in list(self._attachment.recovering.items()):
+            if owner == me:
+                self._attachment.end_recovery(shard)
+
+    def describe_wait(self, shard: int, holder: int, waited: int) -> str:
+        """Say, for LockTimeout, who holds a shard's lock; ``waited`` is in ns."""
+        attachment = self._attachment
+        if holder == attachment.token:
+            who = f"another thread of this process ({os.getpid()})"
+        elif holder:
+            who = f"process {attachment.pid(holder)}, which lives"
+        else:
+            who = "changing holders"
+        return (
+            f"shard {shard} of cache {self._name!r} was not to be had in"
+            f" {waited / 1e9:.1f} s: it is held by {who}; see whether that process is"
+            " stopped or starved, or raise lock_timeout"
+        )
+
+    def report(
+        self,
+        repairs: Iterable[tuple[int, int, bool, int, int]],
+        evictions: Iterable[tuple[int, int, bytes]],
+    ) -> None:
+        """Log what happened while a lock was held.
+
+        Args:
+            repairs: Shard, token of the dead holder (0: none died), whether the lists
+                were rebuilt, entries dropped, and ns, of each rebuild.
+            evictions: Cause, kind and bytes of the key, of each evicted entry.
+        """
+        for shard, dead, rebuilt, dropped, ns in repairs:
+            pid = self._attachment.pid(dead) if dead else 0
+            log.warning(
+                "shard %d of cache %s: %s; %s, %d entries dropped, in %.1f ms",
+                shard,
+                self._name,
+                _what_happened(dead, pid),
+                "lists rebuilt" if rebuilt else "nothing was half done",
+                dropped,
+                ns / 1e6,
+                extra={
+                    "cache": self._name,
+                    "event": "recovered",
+                    "shard": shard,
+                    "dead_pid": pid,
+                    "rebuilt": bool(rebuilt),
+                    "dropped": dropped,
+                    "seconds": ns / 1e9,
+                },
+            )
+        for cause, kind, data in evictions:
+            key = _shown_key(kind, data)
+            log.debug(
+                "cache %s evicted %s (%s)",
+                self._name,
+                key,
+                L.Cause(cause).name,
+                extra={
+                    "cache": self._name,
+                    "event": "evicted",
+                    "key": key,
+                    "cause": L.Cause(cause).name,
+                },
+            )
+
+
+def _shown_key(kind: int, data: bytes) -> str:
+    try:
+        return repr(decode_key(kind, data))
+    except SegmentCorrupt:
+        return repr(data)
+
+
+def _what_happened(dead: int, pid: int) -> str:
+    if not dead:
+        return "damage was met"
+    if dead <= _NO_TOKEN:
+        return "a process died taking or giving back its lock"
+    return f"process {pid or 'unknown'} died holding its lock"
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _in_engine(frame: FrameType) -> bool:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.startswith("shmcache._engine.")
