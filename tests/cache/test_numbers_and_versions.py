@@ -54,8 +54,7 @@ def test_incr_and_decr(make_cache: MakeCache) -> None:
 
 
 def test_incr_of_a_damaged_value_is_no_matter_of_types(make_cache: MakeCache) -> None:
-    """A value that only damage made no number raises SegmentCorrupt, not a
-    TypeError."""
+    """A number to which damage gave another type raises SegmentCorrupt, not TypeError."""
     cache = make_cache()
     cache["n"] = 1
     words = cache._attachment.block.view.cast("I")
