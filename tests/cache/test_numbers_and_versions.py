@@ -54,7 +54,7 @@ def test_incr_and_decr(make_cache: MakeCache) -> None:
 
 
 def test_incr_of_a_damaged_value_is_no_matter_of_types(make_cache: MakeCache) -> None:
-    """A number to which damage gave another type raises SegmentCorrupt, not TypeError."""
+    """A number to which damage gave another type is SegmentCorrupt, not a TypeError."""
     cache = make_cache()
     cache["n"] = 1
     words = cache._attachment.block.view.cast("I")
