@@ -5,15 +5,14 @@ that all workers of a host hold together must be bounded, the least recently use
 must go first, and each must be closed by the process that opened it, once and only
 once, whatever caused it to go.
 
-Mechanism: the object stays in its process, in a table (_process_state.py).  The shared
-map (_registry.py) has an entry for it, and that entry is subject to bound, LRU order
-and TTL like any other.  The process that removes an entry leaves a message for its
-owner (_delivery.py).  Each owner looks for messages every ``LOOK`` seconds, takes the
-handle out of its table, and runs the callback that closes it.  At the same time it
-applies its own uses, so that they count for the others.  benchmarks/handles.py shows
-what looking costs.  Waking each worker by a bell of its own was rejected: the bell
-would have a name to clean up after every death, and it would not ring from one
-container to the next.
+Mechanism (the parts are in _handles/): the object stays in its process, in a table.
+The shared map has an entry for it, and that entry is subject to bound, LRU order and
+TTL like any other.  The process that removes an entry leaves a message for its owner.
+Each owner looks for messages every ``LOOK`` seconds, takes the handle out of its table,
+and runs the callback that closes it.  At the same time it applies its own uses, so that
+they count for the others.  benchmarks/handles.py shows what looking costs.  Waking each
+worker by a bell of its own was rejected: the bell would have a name to clean up after
+every death, and it would not ring from one container to the next.
 
 Death in the middle: the handles of a dead owner died with it.  Any process that sees
 that a worker row was freed removes the owner's entries, with the cause OWNER_DIED.  A
@@ -34,12 +33,12 @@ from shmcache._arguments import Ttl, check_callable, check_count
 from shmcache._engine import MISSING, HandleCodec
 from shmcache._format import layout as L
 from shmcache._format.layout import Cause
+from shmcache._handles.process_state import ON_EVICT, ProcessState
+from shmcache._handles.registry import Registry
 from shmcache._process.exit import before_leaving
 from shmcache._process.lockfile import mutex
 from shmcache._process.sweeper import sweeper
 from shmcache._process.uwsgi import threads_run
-from shmcache._process_state import ON_EVICT, ProcessState
-from shmcache._registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

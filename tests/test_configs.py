@@ -1,4 +1,4 @@
-"""Configurations: loaded once per host; whoever listens is told, in order."""
+"""Configurations: they are loaded once per host; listeners are told in order."""
 
 from __future__ import annotations
 
@@ -201,8 +201,7 @@ def test_a_load_does_not_overwrite_what_was_set_meanwhile(
 
 
 def test_threads_load_once(make_configs: Callable[..., ConfigCache]) -> None:
-    """Of threads that miss at once one loads; of those that reload at once, two at
-    most."""
+    """If many threads miss at once, one loads; if many reload at once, two at most."""
     loads: list[str] = []
     barrier = threading.Barrier(8)
 
@@ -235,7 +234,8 @@ def test_threads_load_once(make_configs: Callable[..., ConfigCache]) -> None:
 def test_a_load_that_comes_too_late_is_none(
     make_configs: Callable[..., ConfigCache],
 ) -> None:
-    """Who missed, and gets its turn when another has just loaded, takes that one's."""
+    """A caller that missed, and whose turn comes after another has loaded, takes the
+    other's configuration."""
     configs = make_configs()
     configs.set("a", 1)
     # As ``get`` goes on after its miss.
@@ -546,7 +546,7 @@ def workers(
 
 
 def test_one_load_per_host(name: str, tmp_path: Path) -> None:
-    """Of four workers that miss at once one loads, and all get the same."""
+    """If four workers miss at once, one loads, and all get the same."""
     (tmp_path / "app.toml").write_text("workers = 4\n[db]\nhost = 'db1'\n")
     with workers(name, tmp_path, 4, ConfigSettings()) as all_of_them:
         for worker in all_of_them:

@@ -420,7 +420,7 @@ def test_close_in_a_callback(make_map: Callable[..., HandleMap]) -> None:
 def test_one_factory_call_for_many_threads(
     make_map: Callable[..., HandleMap], ledger: Ledger
 ) -> None:
-    """Of threads that ask for one key at once, one makes the handle for all."""
+    """If many threads ask for one key at once, one makes the handle for all."""
     handles = make_map()
     start, made = threading.Barrier(8), []
     found: list[Any] = []

@@ -144,7 +144,7 @@ def test_one_of_many_threads_makes_it(
 def test_evicted_pools_are_closed_once(
     make_pools: Callable[..., ConnectionPools],
 ) -> None:
-    """Of 50 pools with a bound of 5, 45 are closed, once, the others at the end."""
+    """With 50 pools and a bound of 5, 45 are closed, once, the others at the end."""
     pools = make_pools(settings=PoolSettings(max_server_pools=5))
     all_of_them = [pools.get(f"s{n}") for n in range(50)]
     until("45 closed", lambda: 45 == pools.stats().closed)
@@ -260,7 +260,7 @@ def test_failing_close_is_counted(
 def test_two_objects_of_one_name(
     make_pools: Callable[..., ConnectionPools], name: str
 ) -> None:
-    """Of two ConnectionPools of one name in one process, neither closes the other's."""
+    """Two ConnectionPools of one name in one process do not close each other's."""
     one, two = make_pools(name), make_pools(name)
     first, second = one.get("a"), two.get("b")
     one.discard("a")

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="valid-type, untyped-decorator, no-any-return, misc"
-"""Fields packed into a word, and arithmetic of addresses: the only place for both.
+"""Fields packed into a word, tokens of workers, and addresses.
 
-Every module that reads a packed word calls these functions.  The compiled engine
-includes this file, so there they are inlined C functions; everybody else imports it and
-runs it as Python.
+Every module that needs one of them calls these functions; no other module shifts or
+masks.  The compiled engine includes this file and calls inlined C functions; all other
+modules import it and call Python functions.
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ else:
 @cython.inline
 @cython.exceptval(check=False)
 def key_len_of(meta: cython.uint) -> cython.Py_ssize_t:
-    """The length of the key, in bytes."""
+    """Return the length of the key in bytes."""
     return meta & 0xFFFF
 
 
@@ -28,7 +28,7 @@ def key_len_of(meta: cython.uint) -> cython.Py_ssize_t:
 @cython.inline
 @cython.exceptval(check=False)
 def kind_of(meta: cython.uint) -> cython.uint:
-    """What the key was before it became bytes: a ``Kind``."""
+    """Return the type that the key had before it became bytes: a ``Kind``."""
     return (meta >> 16) & 15
 
 
@@ -36,7 +36,7 @@ def kind_of(meta: cython.uint) -> cython.uint:
 @cython.inline
 @cython.exceptval(check=False)
 def tag_of(meta: cython.uint) -> cython.uint:
-    """How the bytes of the value are to be read: a ``Tag``."""
+    """Return how the bytes of the value are to be decoded: a ``Tag``."""
     return (meta >> 20) & 15
 
 
@@ -46,7 +46,7 @@ def tag_of(meta: cython.uint) -> cython.uint:
 def make_meta(
     key_len: cython.Py_ssize_t, kind: cython.uint, tag: cython.uint
 ) -> cython.uint:
-    """The meta word of a new entry, without flags."""
+    """Return the meta word of a new entry, without flags."""
     return cython.cast(cython.uint, key_len) | kind << 16 | tag << 20
 
 
@@ -57,7 +57,7 @@ def make_meta(
 @cython.inline
 @cython.exceptval(check=False)
 def make_version(sequence: cython.ulonglong) -> cython.ulonglong:
-    """The version of the live record that a write makes."""
+    """Return the version of the live record that a write makes."""
     return sequence << 1 | 1
 
 
@@ -65,7 +65,7 @@ def make_version(sequence: cython.ulonglong) -> cython.ulonglong:
 @cython.inline
 @cython.exceptval(check=False)
 def sequence_of(version: cython.ulonglong) -> cython.ulonglong:
-    """The write that made a record."""
+    """Return the number of the write that made a record."""
     return version >> 1
 
 
@@ -73,7 +73,7 @@ def sequence_of(version: cython.ulonglong) -> cython.ulonglong:
 @cython.inline
 @cython.exceptval(check=False)
 def is_live(version: cython.ulonglong) -> cython.bint:
-    """Whether a record with this version is an entry."""
+    """Tell whether a record with this version is an entry."""
     return version & 1
 
 
@@ -86,7 +86,7 @@ def is_live(version: cython.ulonglong) -> cython.bint:
 def make_token(
     generation: cython.ulonglong, row: cython.Py_ssize_t
 ) -> cython.ulonglong:
-    """The token of a worker: its row, and a generation that is never used again."""
+    """Return the token of a worker: its row, and a generation that is used once."""
     return (generation & 0xFFFF_FFFF_FFFF) << 16 | cython.cast(
         cython.ulonglong, row + 1
     )
@@ -96,7 +96,7 @@ def make_token(
 @cython.inline
 @cython.exceptval(check=False)
 def row_of(token: cython.ulonglong) -> cython.Py_ssize_t:
-    """The row of a worker, which may be out of bounds if the token is damaged."""
+    """Return the row of a worker; out of bounds if the token is damaged."""
     return cython.cast(cython.Py_ssize_t, token & 0xFFFF) - 1
 
 
@@ -104,7 +104,7 @@ def row_of(token: cython.ulonglong) -> cython.Py_ssize_t:
 @cython.inline
 @cython.exceptval(check=False)
 def generation_of(token: cython.ulonglong) -> cython.ulonglong:
-    """The generation of a worker; 0 is no worker's."""
+    """Return the generation of a worker; no worker has generation 0."""
     return token >> 16
 
 
@@ -115,7 +115,7 @@ def generation_of(token: cython.ulonglong) -> cython.ulonglong:
 @cython.inline
 @cython.exceptval(check=False)
 def shard_of(key_hash: cython.ulonglong, shards: cython.ulonglong) -> cython.Py_ssize_t:
-    """The shard of a key: its hash's upper half, scaled to the number of shards."""
+    """Return the shard of a key: the upper half of its hash, scaled to the count."""
     return cython.cast(cython.Py_ssize_t, ((key_hash >> 32) * shards) >> 32)
 
 
@@ -123,5 +123,5 @@ def shard_of(key_hash: cython.ulonglong, shards: cython.ulonglong) -> cython.Py_
 @cython.inline
 @cython.exceptval(check=False)
 def bucket_of(hash32: cython.ulonglong, slots: cython.ulonglong) -> cython.Py_ssize_t:
-    """The bucket of a key within its shard: the lower half of its hash, scaled."""
+    """Return the bucket of a key in its shard: the lower half of its hash, scaled."""
     return cython.cast(cython.Py_ssize_t, (hash32 * slots) >> 32)

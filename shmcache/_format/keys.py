@@ -126,7 +126,7 @@ def type_name(kind: Any) -> str:
 @cython.cfunc
 def _key_too_large(size: cython.Py_ssize_t, path: list) -> Any:
     return EntryTooLarge(
-        f"{_key_path(path)} has {size} bytes or more, and a key at most {MAX_KEY};"
+        f"{_key_path(path)} has {size} bytes or more, but the limit is {MAX_KEY};"
         " use a hash of it as the key"
     )
 
@@ -154,8 +154,8 @@ def decode_key(kind: int, data: bytes) -> Any:
         return _decode_key(kind, data, 0)
     except (ValueError, struct.error) as error:
         raise SegmentCorrupt(
-            f"{len(data)} bytes of kind {kind} are no key ({error}); run check(), and"
-            " unlink() the cache if it finds damage"
+            f"{len(data)} bytes of kind {kind} are not a key ({error}); run check(),"
+            " and unlink() the cache if it finds damage"
         ) from error
 
 

@@ -157,7 +157,7 @@ def _checked(value: Any) -> Any:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise _Refusal(f"is no UTF-8 ({error}); encode it") from error
+        raise _Refusal(f"is not UTF-8 ({error}); encode it") from error
     return value
 
 
@@ -306,5 +306,5 @@ def _load_zone(data: bytes) -> Any:
         if len(rest) == 8:
             return timezone(offset)
     if data != b"" and data != b"U":
-        raise ValueError("a time zone that makes no sense")
+        raise ValueError("the time zone makes no sense")
     return timezone.utc if data else None

@@ -1,13 +1,14 @@
 """Reading what a writer may change meanwhile: ``stable_read``.
 
-Problem: a shard's words are read without its lock, and a copy that a writer changed
-half-way is of no moment at all.
+Problem: some readers copy a shard's words without its lock.  If a writer changes them
+meanwhile, the copy mixes the state before the write with the state after it.
 
 Mechanism: the shard's ``seq`` word is odd while a writer is inside, and each write
-section leaves it two higher.  A copy is of one moment if ``seq`` was even before it
-and is the same after it.  The reader tries a bounded number of times, because a writer
-that was stopped, or died, leaves ``seq`` odd; and the result says whether the last
-copy is stable, because only the caller knows what an unstable one is good for.
+section leaves it two higher.  If ``seq`` was even before the copy and is the same after
+it, the copy is stable: it shows one moment.  Otherwise the reader tries again, but only
+a bounded number of times, because a writer that was stopped, or died, leaves ``seq``
+odd.  The result tells whether the last copy is stable, because only the caller knows
+what an unstable one is good for.
 
 Death in the middle: a reader writes nothing.
 """
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# Attempts that follow each other at once; the later ones leave the writer some time.
+# The first attempts follow each other at once; the later ones give the writer time.
 AT_ONCE = 20
 PAUSE = 0.000_1  # seconds
 
@@ -41,14 +42,14 @@ def stable_read(
 
     Args:
         words: The segment as 64-bit words.
-        base: The first word of the shard.
-        copy: Reads what is wanted.  What it reads may change meanwhile, so it must
-            cope with any value; it runs at least once and at most ``attempts`` times.
-        attempts: After so many the last copy is returned as it is.
+        base: The number of the first word of the shard.
+        copy: Reads what the caller wants and returns it.  A writer may change the words
+            meanwhile, so it must cope with any value.
+        attempts: How often ``copy`` is called at most; at least 1.
         pause: Seconds between two attempts, after the first ``AT_ONCE``.
 
     Returns:
-        The last copy, and whether it is of one moment.
+        The last copy, and whether it is stable.
     """
     for attempt in range(attempts):
         before = words[base + L.S_SEQ]

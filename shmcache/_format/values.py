@@ -273,11 +273,11 @@ class RawCodec(Codec):
             return _AS_BYTES, value
         raise UnsupportedValue(
             f"the value is a {type_name(type(value))}, and a cache with codec="
-            '"raw" stores bytes alone; convert it, or use another codec'
+            '"raw" stores only bytes; convert it, or use another codec'
         )
 
     def decode(self, data: bytes) -> Any:
-        raise _undecodable("raw", data, "it writes none")
+        raise _undecodable("raw", data, "it writes no such tag")
 
 
 @cython.cclass

@@ -114,9 +114,8 @@ def open_own(path: str, flags: int) -> int:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.EACCES, errno.ENXIO):
             raise
         raise SegmentRefused(
-            f"{path} cannot be opened as a file of ours"
-            f" ({os.strerror(error.errno or 0)}): find out who put it there, and"
-            " remove it or choose another cache name"
+            f"{path} is no file of ours ({os.strerror(error.errno or 0)}):"
+            " find out who put it there, and remove it or choose another cache name"
         ) from error
     found = os.fstat(fd)
     reason = None

@@ -86,7 +86,7 @@ def _work(load: Load, serial: int) -> None:
             time.sleep(min(0.1, left))
     traffic.close()
     # At its end Python restores the default handlers.  A second SIGTERM, which the
-    # master sends to all its children when the run ends, would then count as a failure.
+    # master sends to all its children when the run ends, would count as a failure.
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     sys.exit(0)

@@ -1,7 +1,7 @@
-"""The checker: silent on a sound segment, and it speaks for every kind of damage.
+"""The checker: no finding on a sound segment, and one for every kind of damage.
 
-The segments here are built by hand from the words of ``_layout``, so that checker
-and engine cannot agree on the same mistake.
+The segments here are built by hand from the words of ``layout``, so that checker and
+engine cannot agree on the same mistake.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.once
 
 SEED = 0x0123_4567_89AB_CDEF
-INCARNATION = 9
-TICK = 0o12_34_56_71_23_45_67  # of the wheels, a digit of theirs in every pair
-TOKEN = 5 << 16 | 3  # incarnation 5 in row 2
+GENERATION = 9
+TICK = 0o12_34_56_71_23_45_67  # of the wheel: each pair is a digit of it
+TOKEN = 5 << 16 | 3  # generation 5 in row 2
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the builder makes a live record of."""
+    """What the builder needs to make a live record."""
 
     key: bytes
     kind: Kind
@@ -96,7 +96,7 @@ class Segment:
             fmt.H_JITTER: 100_000,
             fmt.H_CLEANUP: 15 * 10**9,
             fmt.H_FLAGS: fmt.FLAG_PERSIST | fmt.FLAG_SLIDING,
-            fmt.H_GENERATION: INCARNATION,
+            fmt.H_GENERATION: GENERATION,
             fmt.H_RETIRED: 1,
             fmt.H_LOCK_INODE: 12_345,
             fmt.H_RECOVERED: self.shards * slots,
@@ -105,12 +105,12 @@ class Segment:
             self.put64(8 * word, value)
         self.put_text(fmt.CODEC_AT, "msgpack")
         self.put_text(fmt.NAME_AT, "books-1.v2_x")
-        bank = fmt.RETIRED_AT + fmt.RETIRED_WORDS
-        self.put64(8 * bank, 77)
-        self.put64(8 * (bank + fmt.RETIRED_TOKEN), 1 << 16 | 2)
-        for row, incarnation in ((0, 9), (2, 5)):
+        retired = fmt.RETIRED_AT + fmt.RETIRED_WORDS
+        self.put64(8 * retired, 77)
+        self.put64(8 * (retired + fmt.RETIRED_TOKEN), 1 << 16 | 2)
+        for row, generation in ((0, 9), (2, 5)):
             at = fmt.ROWS_AT + row * fmt.ROW_SIZE
-            self.put64(at, incarnation << 16 | row + 1)
+            self.put64(at, generation << 16 | row + 1)
             self.put64(at + 8 * fmt.R_PID, 4711 + row)
             self.put64(at + 8 * fmt.R_HITS, 10)
 
@@ -305,7 +305,7 @@ def sound(shards: int = 2) -> Segment:
     return segment
 
 
-# Of ``sound``, in every shard: the slot of the n-th entry is SLOT - n.
+# In every shard of ``sound()`` the slot of the n-th entry is SLOT - n.
 SLOT = 9
 FREE_SLOT = 1
 OVERDUE, NOW, PAIR, PAIR2, MINUTE, FAR = (SLOT - n for n in range(2, 8))
@@ -335,7 +335,7 @@ def test_bounded_by_bytes_alone() -> None:
 
 
 def test_empty_key_and_value() -> None:
-    """An entry of no bytes at all has one block."""
+    """An entry without any bytes has one block."""
     segment = Segment(shards=1)
     segment.fill(0, [Entry(b"", Kind.STR, b"", Tag.STR)], free=0, used=1)
 
@@ -366,7 +366,7 @@ def test_unfinished_cascade(level: int) -> None:
 
 
 def test_beyond_the_wheel() -> None:
-    """What expires more than a round of the wheel ahead waits at its last level."""
+    """An entry due more than a round of the wheel later is in its last level."""
     segment = Segment(shards=1)
     due = TICK + (1 << 42) - (3 << 36)
     far = Entry(b"key", Kind.STR, b"", Tag.NONE, at_tick(due), fmt.pack_ttl(1))
@@ -402,7 +402,7 @@ def test_due_not_set() -> None:
 
 
 def shard_copy(segment: Segment, shard: int) -> bytes:
-    """What ``check_shard`` is given."""
+    """Return the copy of a shard that ``check_shard`` takes."""
     at = segment.base(shard)
     return bytes(segment.data[at : at + segment.g.stride])
 
@@ -412,7 +412,7 @@ def test_holder_checks_itself() -> None:
     segment = sound()
     header = check.read_header(segment.data)
     segment.put64(segment.word(fmt.S_SEQ, 1), 35)
-    segment.put64(segment.word(fmt.S_HOLDER, 1), (INCARNATION + 1) << 16 | 5)
+    segment.put64(segment.word(fmt.S_HOLDER, 1), (GENERATION + 1) << 16 | 5)
     copy = shard_copy(segment, 1)
 
     assert check.check_shard(copy, header, 1, quiescent=False) == []
@@ -464,7 +464,7 @@ def test_lost_blocks() -> None:
 
 @dataclass(frozen=True)
 class Damage:
-    """A value put into a word of ``sound()``, and what the checker says to it."""
+    """A value put into a word of ``sound()``, and what the checker finds then."""
 
     at: Callable[[Segment], int]
     value: int
@@ -518,35 +518,35 @@ DAMAGES = [
     # the header
     header(fmt.H_MAGIC, 0, "header: magic is 0x0000000000000000, not 0x"),
     header(fmt.H_FORMAT, 2, "header: format is 2, not 1"),
-    header(fmt.H_SIZE, 4096, "header: size is 4096, of this plan it is"),
+    header(fmt.H_SIZE, 4096, "header: size is 4096, but planned is"),
     header(fmt.H_SEED, SEED + 1, "slot 9: hash is"),
-    header(fmt.H_CREATED_WALL, 0, "header: created is 0"),
-    header(fmt.H_CREATED_AT, HUGE, "header: epoch is"),
+    header(fmt.H_CREATED_WALL, 0, "header: created_wall is 0"),
+    header(fmt.H_CREATED_AT, HUGE, "header: created_at is"),
     header(fmt.H_SHARDS, 0, "header: shards is 0, not from 1 to 256"),
     header(fmt.H_SHARDS, 257, "header: shards is 257, not from 1 to 256"),
     header(fmt.H_SHARDS, 3, "header: size is"),
     header(fmt.H_SLOTS, 1, "header: slots is 1, not from 2 to"),
     header(fmt.H_SLOTS, 1 << 31, "header: slots is 2147483648, not from"),
-    header(fmt.H_SLOTS, 11, "header: slots is 11, for max_entries 18 10"),
+    header(fmt.H_SLOTS, 11, "header: slots is 11, but max_entries 18 makes it 10"),
     header(fmt.H_BLOCKS, 0, "header: blocks is 0, not from 1 to"),
-    header(fmt.H_BLOCKS, 41, "header: blocks is 41, for max_bytes 5120 40"),
+    header(fmt.H_BLOCKS, 41, "header: blocks is 41, but max_bytes 5120 makes it 40"),
     header(fmt.H_BLOCK_SIZE, 0, "header: block_size is 0, not from 64 to 4096"),
     header(fmt.H_BLOCK_SIZE, 96, "header: block_size is 96, not a power of two"),
-    header(fmt.H_STRIDE, 0, "header: stride is 0, of this plan it is"),
-    header(fmt.H_ROWS, 1023, "header: rows is 1023, of this plan it is 1024"),
+    header(fmt.H_STRIDE, 0, "header: stride is 0, but planned is"),
+    header(fmt.H_ROWS, 1023, "header: rows is 1023, but planned is 1024"),
     header(fmt.H_MAX_ENTRIES, 4, "8 records are live, over the shard's share of 2"),
-    header(fmt.H_MAX_ENTRIES, 0, "header: slots is 10, for max_entries 0 41"),
-    header(fmt.H_MAX_BYTES, 100, "header: blocks is 40, for max_bytes 100 1"),
+    header(fmt.H_MAX_ENTRIES, 0, "header: slots is 10, but max_entries 0 makes it 41"),
+    header(fmt.H_MAX_BYTES, 100, "header: blocks is 40, but max_bytes 100 makes it 1"),
     header(fmt.H_TTL, fmt.MAX_TTL_NS + 1, "header: ttl is"),
     header(fmt.H_JITTER, 1_000_001, "header: jitter is 1000001, over 1000000"),
     header(fmt.H_CLEANUP, HUGE, "header: cleanup is"),
     header(fmt.H_FLAGS, 5, "header: flags have unknown bits 0x4"),
-    header(fmt.H_GENERATION, 1 << 48, "header: incarnation is"),
-    header(fmt.H_GENERATION, 8, "row 0: token 0x90001 has incarnation 9"),
-    header(fmt.H_RETIRED, 2, "header: fold is 2, over 1"),
-    header(fmt.H_LOCK_INODE, 0, "header: lease is 0"),
-    header(fmt.H_RECOVERED, 21, "header: recovered is 21, of 20 records"),
-    header(fmt.H_LOST, 21, "header: lost is 21, of 20 records"),
+    header(fmt.H_GENERATION, 1 << 48, "header: generation is"),
+    header(fmt.H_GENERATION, 8, "row 0: token 0x90001 has generation 9"),
+    header(fmt.H_RETIRED, 2, "header: retired is 2, over 1"),
+    header(fmt.H_LOCK_INODE, 0, "header: lock_inode is 0"),
+    header(fmt.H_RECOVERED, 21, "header: recovered is 21, but there are 20 records"),
+    header(fmt.H_LOST, 21, "header: lost is 21, but there are 20 records"),
     header(fmt.CODEC_AT // 8, 0, "header: codec has length 0, not from 1 to 63"),
     header(fmt.CODEC_AT // 8, MASK32, "header: codec has length 255"),
     header(fmt.CODEC_AT // 8, 0xFF01, "header: codec is not UTF-8"),
@@ -554,52 +554,52 @@ DAMAGES = [
     header(fmt.NAME_AT // 8, 0, "header: name has length 0, not from 1 to 191"),
     header(fmt.NAME_AT // 8, 192, "header: name has length 192"),
     header(fmt.NAME_AT // 8, 0x2F01, "header: name '/' has characters"),
-    # the fold banks
-    header(fmt.RETIRED_AT, HUGE, "fold bank 0: counter 0 is"),
+    # the retired counters
+    header(fmt.RETIRED_AT, HUGE, "retired counters 0: counter 0 is"),
     header(
         fmt.RETIRED_AT + fmt.RETIRED_TOKEN,
         1,
-        "fold bank 0: token 0x1 has incarnation 0",
+        "retired counters 0: token 0x1 has generation 0",
     ),
     header(
         fmt.RETIRED_AT + fmt.RETIRED_WORDS + fmt.RETIRED_TOKEN,
         0,
-        "counts 77 of no worker",
+        "retired counters 1: count 77 of no worker",
     ),
     # the rows
     row(1, fmt.R_TOKEN, 8 << 16, "row 1: token 0x80000 names row -1 of 1024"),
     row(1, fmt.R_TOKEN, 8 << 16 | 1025, "row 1: token 0x80401 names row 1024 of 1024"),
     row(1, fmt.R_TOKEN, 8 << 16 | 1, "row 1: token 0x80001 names row 0"),
-    row(1, fmt.R_TOKEN, 2, "row 1: token 0x2 has incarnation 0, the newest is 9"),
-    row(1, fmt.R_TOKEN, 10 << 16 | 2, "row 1: token 0xa0002 has incarnation 10"),
-    row(1, fmt.R_TOKEN, 9 << 16 | 2, "row 1: incarnation 9 is also in row 0"),
+    row(1, fmt.R_TOKEN, 2, "row 1: token 0x2 has generation 0, the newest is 9"),
+    row(1, fmt.R_TOKEN, 10 << 16 | 2, "row 1: token 0xa0002 has generation 10"),
+    row(1, fmt.R_TOKEN, 9 << 16 | 2, "row 1: generation 9 is also in row 0"),
     row(0, fmt.R_PID, 1 << 23, "row 0: pid is 8388608"),
     row(0, fmt.R_STARTED, HUGE, "row 0: started is"),
     row(LAST_ROW, fmt.R_MISSES, HUGE, "row 1023: misses is"),
     row(LAST_ROW, fmt.ROW_WORDS - 1, HUGE, "row 1023: word 31 is"),
     # the words of a shard
-    shard(fmt.S_SEQ, 35, "epoch is 35, odd, with no writer inside"),
-    shard(fmt.S_HOLDER, TOKEN, "holder is 0x50003 with nobody inside"),
+    shard(fmt.S_SEQ, 35, "seq is 35, odd, with no writer inside"),
+    shard(fmt.S_HOLDER, TOKEN, "holder is 0x50003, with no writer inside"),
     shard(fmt.S_HOLDER, MASK32, "holder: token 0xffffffff names row 65534 of 1024"),
     shard(fmt.S_ACQUISITIONS, HUGE, "acquisitions is"),
     shard(fmt.S_SEQUENCE, 7, "slot 2: written by write 8, the last was 7"),
     shard(fmt.S_SEQUENCE, HUGE, "sequence is"),
     shard(fmt.S_ENTRIES, 7, "entries is 7, but 8 records are live"),
-    shard(fmt.S_BLOCKS_USED, 11, "blocks used is 11, but chains hold 12"),
+    shard(fmt.S_BLOCKS_USED, 11, "blocks used is 11, but block runs have 12"),
     shard(fmt.S_FREE_SLOT, 0, "slot 1: neither live nor reached in the free list"),
     shard(fmt.S_FREE_SLOT, 10, "free slots: lead to slot 10, fresh slot is 9"),
     shard(fmt.S_FREE_SLOT, 4, "slot 4: live, and in the list of free slots"),
-    shard(fmt.S_FRESH_SLOT, 8, "slot 9: live, beyond fresh slot 8"),
+    shard(fmt.S_FRESH_SLOT, 8, "slot 9: live, but beyond fresh slot 8"),
     shard(fmt.S_FRESH_SLOT, 10, "slot 10: neither live nor reached in the free"),
     shard(fmt.S_FRESH_SLOT, 11, "fresh slot is 11 of 10"),
     shard(fmt.S_FREE_BLOCK, 0, "blocks 1, 2, 3, 4 and 4 more: lost, 512 bytes"),
     shard(fmt.S_FREE_BLOCK, 21, "free blocks: lead to 21, fresh block is 20"),
-    shard(fmt.S_FREE_BLOCK, 9, "free blocks: lead to 9, in the chain of slot 2"),
-    shard(fmt.S_FRESH_BLOCK, 19, "slot 9: block 1 of the 3 of its chain is 20 of 19"),
+    shard(fmt.S_FREE_BLOCK, 9, "free blocks: lead to 9, in the block run of slot 2"),
+    shard(fmt.S_FRESH_BLOCK, 19, "slot 9: block 1 of the 3 of its run is 20 of 19"),
     shard(fmt.S_FRESH_BLOCK, 21, "block 21: lost, 64 bytes neither used nor free"),
     shard(fmt.S_FRESH_BLOCK, 41, "fresh block is 41 of 40"),
     shard(fmt.S_TICK, TICK + (1 << 36), "due at tick"),
-    shard(fmt.S_TICK, TICK + 6, "which the wheel passed"),
+    shard(fmt.S_TICK, TICK + 6, "which the wheel has passed"),
     shard(fmt.S_TICK, 1 << 44, "tick is 17592186044416, later than any time"),
     shard(fmt.S_DUE, at_tick(TICK - 9) + 1, "slot 7: expires before due"),
     shard(fmt.S_DUE, NEVER, "slots 2, 3, 4, 5 and 2 more: expires before due"),
@@ -610,12 +610,12 @@ DAMAGES = [
     shard(fmt.S_DROPPED, HUGE, "dropped is"),
     shard(fmt.S_WHEEL_BITS + 3, 2, "wheel list 193: its bit is 1, its head is 0"),
     shard(fmt.S_WHEEL_BITS, 0, "its bit is 0, its head is 7"),
-    shard(fmt.S_IN_FLIGHT, 1, "claim 0: token 0x0 names row -1 of 1024"),
-    shard(fmt.S_IN_FLIGHT + 1, 1, "claim 0: token 0x1 has incarnation 0"),
+    shard(fmt.S_IN_FLIGHT, 1, "in-flight 0: token 0x0 names row -1 of 1024"),
+    shard(fmt.S_IN_FLIGHT + 1, 1, "in-flight 0: token 0x1 has generation 0"),
     shard(
         fmt.S_IN_FLIGHT + 7,
         10 << 16 | 1,
-        "claim 3: token 0xa0001 has incarnation 10",
+        "in-flight 3: token 0xa0001 has generation 10",
     ),
     # records
     record64(0, fmt.F_VERSION, 3, "slot 0: the sentinel's version is 3, live"),
@@ -624,16 +624,16 @@ DAMAGES = [
     record64(SLOT, fmt.F_VERSION, 19, "slot 9: written by write 9, the last was 8"),
     record64(SLOT, fmt.F_VERSION, 5, "slot 9: written by write 2, as slot 8 is"),
     record64(FREE_SLOT, fmt.F_VERSION, 3, "entries is 8, but 9 records are live"),
-    record64(10, fmt.F_VERSION, 3, "slot 10: live, beyond fresh slot 9"),
-    record64(SLOT, fmt.F_EXPIRES, at_tick(TICK), "slot 9: expires, but in no reached"),
+    record64(10, fmt.F_VERSION, 3, "slot 10: live, but beyond fresh slot 9"),
+    record64(SLOT, fmt.F_EXPIRES, at_tick(TICK), "slot 9: expires, but is not reached"),
     record64(SLOT, fmt.F_EXPIRES, 0, "slot 9: expires before due"),
     record64(FAR, fmt.F_EXPIRES, NEVER, "slot 2: in wheel list 399, but never expires"),
     record64(FAR, fmt.F_EXPIRES, at_tick(TICK + 1), "slot 2: due at tick"),
     record64(OVERDUE, fmt.F_EXPIRES, 1, "slot 7: expires before due"),
-    record(SLOT, fmt.F_HASH, 1, "slot 9: hash is 0x1, its key's 0x"),
-    record(SLOT, fmt.F_CHAIN, 11, "its chain leads to slot 11 of 10"),
-    record(SLOT, fmt.F_CHAIN, 10, "its chain leads to slot 10, not live"),
-    record(SLOT, fmt.F_CHAIN, SLOT, "its chain leads to slot 9 a second time"),
+    record(SLOT, fmt.F_HASH, 1, "slot 9: hash is 0x1, but its key's is 0x"),
+    record(SLOT, fmt.F_CHAIN, 11, "its hash chain leads to slot 11 of 10"),
+    record(SLOT, fmt.F_CHAIN, 10, "its hash chain leads to slot 10, which is not live"),
+    record(SLOT, fmt.F_CHAIN, SLOT, "its hash chain leads to slot 9 a second time"),
     record(FREE_SLOT, fmt.F_CHAIN, FREE_SLOT, "free slots: lead to slot 1 a second"),
     record(0, fmt.F_LRU_NEXT, 0, "slots 2, 3, 4, 5 and 4 more: live, but not reached"),
     record(0, fmt.F_LRU_PREV, SLOT, "slot 0: lru_prev is 9, not 2"),
@@ -644,21 +644,21 @@ DAMAGES = [
     record(SLOT, fmt.F_WHEEL_PREV, 1, "slot 9: never expires, but wheel_prev and"),
     record(SLOT, fmt.F_WHEEL_NEXT, 1, "slot 9: never expires, but wheel_prev and"),
     record(OVERDUE, fmt.F_WHEEL_PREV, 0, "slot 7: wheel_prev is 0x0, not 0x8000"),
-    record(OVERDUE, fmt.F_WHEEL_NEXT, 0, "slot 6: expires, but in no reached place"),
+    record(OVERDUE, fmt.F_WHEEL_NEXT, 0, "slot 6: expires, but is not reached"),
     record(OVERDUE, fmt.F_WHEEL_NEXT, OVERDUE, "leads to slot 7 a second time"),
     record(NOW, fmt.F_WHEEL_NEXT, 11, "leads to slot 11 of 10"),
     record(NOW, fmt.F_WHEEL_NEXT, FREE_SLOT, "slot 1: in wheel list 55, but not live"),
     record(NOW, fmt.F_WHEEL_NEXT, SLOT, "slot 9: in wheel list 55, but never expires"),
-    record(SLOT, fmt.F_BLOCK, 0, "slot 9: block 1 of the 3 of its chain is 0 of 20"),
-    record(SLOT, fmt.F_BLOCK, 21, "slot 9: block 1 of the 3 of its chain is 21 of 20"),
-    record(SLOT, fmt.F_BLOCK, 8, "free blocks: lead to 8, in the chain of slot 9"),
-    record(SLOT, fmt.F_BLOCK, 17, "leads to 17, in the chain of slot 8"),
+    record(SLOT, fmt.F_BLOCK, 0, "slot 9: block 1 of the 3 of its run is 0 of 20"),
+    record(SLOT, fmt.F_BLOCK, 21, "slot 9: block 1 of the 3 of its run is 21 of 20"),
+    record(SLOT, fmt.F_BLOCK, 8, "free blocks: lead to 8, in the block run of slot 9"),
+    record(SLOT, fmt.F_BLOCK, 17, "leads to 17, in the block run of slot 8"),
     record(SLOT, fmt.F_VALUE_LEN, 149, "slot 9: checksum is"),
-    record(SLOT, fmt.F_VALUE_LEN, 40, "slot 9: its chain of 1 blocks goes on to 19"),
+    record(SLOT, fmt.F_VALUE_LEN, 40, "slot 9: its run of 1 blocks goes on to 19"),
     record(SLOT, fmt.F_VALUE_LEN, MASK32, "slot 9: block 4 of the 67108865 of its"),
-    record(NOW, fmt.F_VALUE_LEN, 7, "slot 6: value_len is 7, of tag 3 it is 8"),
-    record(PAIR, fmt.F_VALUE_LEN, 9, "slot 5: value_len is 9, of tag 4 it is 8"),
-    record(FAR, fmt.F_VALUE_LEN, 1, "slot 2: value_len is 1, of tag 7 it is 0"),
+    record(NOW, fmt.F_VALUE_LEN, 7, "slot 6: value_len is 7, but tag 3 has 8"),
+    record(PAIR, fmt.F_VALUE_LEN, 9, "slot 5: value_len is 9, but tag 4 has 8"),
+    record(FAR, fmt.F_VALUE_LEN, 1, "slot 2: value_len is 1, but tag 7 has 0"),
     record(SLOT, fmt.F_META, 11 | 1 << 16, "slot 9: hash is"),
     record(SLOT, fmt.F_META, 10 | 2 << 16, "slot 9: hash is"),
     record(SLOT, fmt.F_META, 10 | 5 << 16, "slot 9: key kind is 5"),
@@ -667,12 +667,12 @@ DAMAGES = [
     record(SLOT, fmt.F_META, 10 | 1 << 16 | 8 << 20, "slot 9: value tag is 8"),
     record(SLOT, fmt.F_META, 10 | 1 << 16 | 2 << 24, "slot 9: flags are 0x2"),
     record(FAR, fmt.F_TTL, 1 << 30 | 9, "slot 2: ttl 0x40000009 is not in the finest"),
-    record(SLOT, fmt.F_CHECKSUM, 0, "slot 9: checksum is 0x0, its value's 0x"),
+    record(SLOT, fmt.F_CHECKSUM, 0, "slot 9: checksum is 0x0, but its value's is 0x"),
     # links
-    link(20, 0, "slot 9: block 2 of the 3 of its chain is 0 of 20"),
-    link(20, 8, "free blocks: lead to 8, in the chain of slot 9"),
-    link(20, 20, "slot 9: its chain leads to 20, in the chain of slot 9"),
-    link(18, 1, "slot 9: its chain of 3 blocks goes on to 1"),
+    link(20, 0, "slot 9: block 2 of the 3 of its run is 0 of 20"),
+    link(20, 8, "free blocks: lead to 8, in the block run of slot 9"),
+    link(20, 20, "slot 9: its block run leads to 20, in the block run of slot 9"),
+    link(18, 1, "slot 9: its run of 3 blocks goes on to 1"),
     link(3, 1, "free blocks: lead to 1, in the free list"),
     link(1, 0, "blocks 2, 3, 4, 5 and 3 more: lost, 448 bytes"),
     link(8, MASK32, "free blocks: lead to 4294967295, fresh block is 20"),
@@ -703,12 +703,12 @@ def test_head() -> None:
     assert (
         f"shard 0: wheel list {number}: its bit is 1, its head is 0" in empty.findings()
     )
-    assert "shard 0: slot 5: expires, but in no reached place" in str(stray.findings())
+    assert "shard 0: slot 5: expires, but is not reached" in str(stray.findings())
     assert f"shard 0: wheel list {number}: leads to slot 11 of 10" in wild.findings()
 
 
 def test_bucket() -> None:
-    """The checker says where a bucket's chain begins wrongly."""
+    """The checker says where a bucket's hash chain begins wrongly."""
     segment = sound()
     low = segment.get32(segment.record(SLOT, fmt.F_HASH))
     bucket = low * segment.g.slots >> 32
@@ -717,7 +717,7 @@ def test_bucket() -> None:
     findings = segment.findings()
 
     assert (
-        f"shard 0: slot 9: in bucket {(bucket + 1) % 10}, its hash says {bucket}"
+        f"shard 0: slot 9: in bucket {(bucket + 1) % 10}, but its hash says {bucket}"
         in findings
     )
 
@@ -729,7 +729,7 @@ def test_missing_from_bucket() -> None:
         segment.put32(segment.bucket(bucket), 0)
 
     assert segment.findings() == [
-        "shard 0: slots 2, 3, 4, 5 and 4 more: live, but in no bucket's chain"
+        "shard 0: slots 2, 3, 4, 5 and 4 more: live, but in no bucket's hash chain"
     ]
 
 
@@ -745,20 +745,19 @@ def test_passed_by_the_wheel(level: int) -> None:
     number = level * 64 + (due >> 6 * level & 63)
     segment._wheel_list(0, number, [1])
 
-    assert [
-        f"shard 0: slot 1: in list {number}, which the wheel passed, at {TICK}"
-    ] == segment.findings()
+    where = f"in wheel list {number}, which the wheel has passed"
+    assert segment.findings() == [f"shard 0: slot 1: {where} at tick {TICK}"]
 
 
-def test_two_claims() -> None:
-    """Two workers that compute one key are a finding."""
+def test_same_key_in_flight_twice() -> None:
+    """Two workers that compute the value of one key are a finding."""
     segment = sound()
     at = segment.word(fmt.S_IN_FLIGHT + 2)
     segment.put64(at, 0xFEED_FACE_CAFE_BEEF)
     segment.put64(at + 8, TOKEN)
 
     assert segment.findings() == [
-        "shard 0: claims 1 and 3: both are for hash 0xfeedfacecafebeef"
+        "shard 0: in-flight 1 and 3: both are for hash 0xfeedfacecafebeef"
     ]
 
 
@@ -772,7 +771,7 @@ def test_same_key_twice() -> None:
 
 
 def test_same_bytes_other_kind() -> None:
-    """Two keys of the same bytes and different kinds are two keys."""
+    """Two keys with the same bytes and different kinds are different keys."""
     segment = Segment(shards=1)
     one = Entry(b"key", Kind.STR, b"1", Tag.BYTES)
     segment.fill(0, [one, replace(one, kind=Kind.BYTES)], free=0, used=2)
@@ -781,18 +780,18 @@ def test_same_bytes_other_kind() -> None:
 
 
 def test_foreign_shard() -> None:
-    """An entry in a shard that its key does not belong to is a finding."""
+    """An entry in another shard than that of its key is a finding."""
     segment = Segment()
     entries = [replace(e, expires=NEVER, ttl=0) for e in entries_of(1, 2)]
     segment.fill(0, entries, free=0, used=20)
 
     assert [
-        f"shard 0: slot {slot}: its key is of shard 1" for slot in range(1, 9)
+        f"shard 0: slot {slot}: its key belongs to shard 1" for slot in range(1, 9)
     ] == segment.findings()
 
 
 def test_not_utf8() -> None:
-    """A str that is no UTF-8 is a finding, although its checksum is right."""
+    """A str that is not UTF-8 is a finding, although its checksum is right."""
     segment = Segment(shards=1)
     segment.fill(0, [Entry(b"k", Kind.STR, b"\xff", Tag.STR)], free=0, used=1)
 
@@ -811,7 +810,7 @@ def test_over_capacity() -> None:
 
 
 def test_wrong_shard_and_size() -> None:
-    """A shard that there is not, or not all of it, is a finding."""
+    """A shard that does not exist, or is incomplete, is a finding."""
     segment = sound()
     header = check.read_header(segment.data)
     copy = shard_copy(segment, 0)
@@ -824,7 +823,7 @@ def test_wrong_shard_and_size() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 7, 4096, check.HEADER_SIZE - 1])
 def test_truncated_header(size: int) -> None:
-    """A segment that ends within its header is a finding, whoever looks."""
+    """A segment that ends within its header is a finding of every function."""
     data = bytes(sound().data[:size])
     finding = f"header: {size} bytes, fewer than the {check.HEADER_SIZE} of it"
 
@@ -833,7 +832,7 @@ def test_truncated_header(size: int) -> None:
 
 
 def test_truncated_shards() -> None:
-    """Of a segment that is too short the shards that are there are checked."""
+    """If a segment is too short, the shards that it has are checked."""
     segment = sound()
     size = segment.base(1) + 5
     segment.put64(segment.word(fmt.S_ENTRIES), 7)
@@ -845,7 +844,7 @@ def test_truncated_shards() -> None:
 
 
 def test_unusable_geometry() -> None:
-    """With a geometry that makes no sense no shard is looked at."""
+    """If the geometry makes no sense, no shard is checked."""
     segment = sound()
     segment.put64(8 * fmt.H_BLOCK_SIZE, 0)
     header = check.read_header(segment.data)
@@ -870,7 +869,7 @@ class Word:
 def unnoticed(
     data: bytearray, words: list[Word], findings: Callable[[], list[str]]
 ) -> set[str]:
-    """What stands where some bit can flip with no finding."""
+    """Return the names of the words in which some bit can flip without a finding."""
     names = set()
     for word in words:
         for bit in range(8 * word.size):
@@ -883,7 +882,7 @@ def unnoticed(
 
 
 def named(prefix: str, before: int) -> dict[int, str]:
-    """The numbers below ``before`` of the words that ``_layout`` names so."""
+    """Return the words of ``layout`` below ``before`` whose names begin so."""
     names: dict[int, str] = {}
     for name, number in vars(fmt).items():
         if name.startswith(prefix) and number < before:
@@ -893,16 +892,16 @@ def named(prefix: str, before: int) -> dict[int, str]:
 
 @pytest.mark.slow
 def test_every_bit_of_the_header() -> None:
-    """Every flipped bit of the header is noticed, where not every value is possible."""
+    """Every flipped bit of the header is noticed, unless all values are possible."""
     data = sound().data
     names = named("H_", fmt.RETIRED_AT)
     words = [Word(name, 8 * number, 8) for number, name in names.items()]
     words += [Word("length", at, 1) for at in (fmt.CODEC_AT, fmt.NAME_AT)]
     words += [Word("text", at + 1, 7) for at in (fmt.CODEC_AT, fmt.NAME_AT)]
-    for bank in range(2):
-        at = 8 * (fmt.RETIRED_AT + bank * fmt.RETIRED_WORDS)
-        words += [Word("bank counter", at + 8 * n, 8) for n in range(13)]
-        words.append(Word(f"token of bank {bank}", at + 8 * fmt.RETIRED_TOKEN, 8))
+    for copy in range(2):
+        at = 8 * (fmt.RETIRED_AT + copy * fmt.RETIRED_WORDS)
+        words += [Word("retired counter", at + 8 * n, 8) for n in range(13)]
+        words.append(Word(f"retired token {copy}", at + 8 * fmt.RETIRED_TOKEN, 8))
     for number in (0, 1, 2, LAST_ROW):
         at = fmt.ROWS_AT + number * fmt.ROW_SIZE
         words.append(Word(f"token of row {number}", at, 8))
@@ -913,23 +912,23 @@ def test_every_bit_of_the_header() -> None:
         *("H_CREATED_WALL", "H_CREATED_AT", "H_LOCK_INODE", "H_GENERATION"),
         *("H_MAX_BYTES", "H_TTL", "H_JITTER", "H_CLEANUP", "H_FLAGS", "H_RETIRED"),
         *("H_RECOVERED", "H_LOST", "H_FREED"),
-        *("length", "text", "bank counter"),
+        *("length", "text", "retired counter"),
         # An older worker's token, or another row's, may have been there.
-        *("token of bank 1", "token of row 0", "token of row 2"),
+        *("retired token 1", "token of row 0", "token of row 2"),
     }
 
 
 def shard_findings(
     segment: Segment, number: int
 ) -> tuple[bytearray, Callable[[], list[str]]]:
-    """A copy of a shard, to be damaged, and what finds that out."""
+    """Return a copy of a shard, to be damaged, and a function that checks it."""
     copy = bytearray(shard_copy(segment, number))
     known = check.read_header(segment.data)
     return copy, lambda: check.check_shard(copy, known, number)
 
 
 def test_every_bit_of_the_shard_words() -> None:
-    """Every flipped bit is noticed, but of counters and of what is only a bound."""
+    """Every flipped bit is noticed, except in counters and mere limits."""
     copy, findings = shard_findings(sound(), 1)
     names = named("S_", fmt.S_WHEEL_BITS)
     words = [Word(name, 8 * number, 8) for number, name in names.items()]
@@ -937,16 +936,16 @@ def test_every_bit_of_the_shard_words() -> None:
     words += [Word("S_GONE", 8 * n, 8) for n in gone[1 : len(fmt.Cause)]]
     words += [Word("no cause", 8 * n, 8) for n in gone[len(fmt.Cause) :]]
     words += [Word("bits", 8 * (fmt.S_WHEEL_BITS + n), 8) for n in range(7)]
-    words += [Word("free claim", 8 * fmt.S_IN_FLIGHT, 16)]
-    words += [Word("claimed hash", 8 * (fmt.S_IN_FLIGHT + 6), 8)]
-    words += [Word("claimed token", 8 * (fmt.S_IN_FLIGHT + 7), 8)]
+    words += [Word("free in-flight", 8 * fmt.S_IN_FLIGHT, 16)]
+    words += [Word("in-flight hash", 8 * (fmt.S_IN_FLIGHT + 6), 8)]
+    words += [Word("in-flight token", 8 * (fmt.S_IN_FLIGHT + 7), 8)]
     counters = {name for n, name in names.items() if n >= fmt.S_COUNTERS}
 
     assert unnoticed(copy, words, findings) == {
         *counters,
         *("S_SEQ", "S_ACQUISITIONS", "S_SEQUENCE", "S_TICK", "S_DUE"),
         *("S_REDO_VERSION", "S_REDO_VALUE", "S_REDO_CHECKSUM"),
-        *("claimed hash", "claimed token"),
+        *("in-flight hash", "in-flight token"),
     }
 
 
@@ -961,7 +960,7 @@ def test_every_bit_of_the_heads() -> None:
 
 
 def test_every_bit_of_buckets_and_links() -> None:
-    """Every flipped bit of a bucket is noticed, and of the link of a used block."""
+    """Every flipped bit of a bucket, or of the link of a used block, is noticed."""
     segment = sound()
     copy, findings = shard_findings(segment, 1)
     words = [Word("bucket", segment.g.buckets_at + 4 * n, 4) for n in range(10)]
@@ -974,7 +973,7 @@ def test_every_bit_of_buckets_and_links() -> None:
 
 @pytest.mark.slow
 def test_every_bit_of_the_records() -> None:
-    """Every flipped bit of a live record is noticed, but the few that may change."""
+    """Every flipped bit of a live record is noticed, except where it may change."""
     segment = sound()
     copy, findings = shard_findings(segment, 1)
     fields = {**named("F_", fmt.RECORD_WORDS), 1: "F_VERSION", 3: "F_EXPIRES"}
@@ -989,7 +988,7 @@ def test_every_bit_of_the_records() -> None:
 
     chosen = words("never", [9, 8]) + words("expires", [7, 6, 5, 4, 3, 2])
     assert unnoticed(copy, chosen, findings) == {
-        # read since, written at another time, with another TTL
+        # It may have been read, written at another time, or with another TTL.
         *("never F_META", "never F_STAMP", "never F_TTL"),
         *("expires F_META", "expires F_STAMP", "expires F_TTL"),
         "expires F_EXPIRES",  # extended by a reader
@@ -1024,7 +1023,7 @@ def test_every_byte_of_the_arena() -> None:
 
 
 def check_everything(data: bytearray, segment: Segment) -> list[str]:
-    """All findings of all entrances about a segment damaged beyond its magic."""
+    """Return the findings of all functions about a segment with a sound magic word."""
     header = check.read_header(segment.data)
     findings = check.check_header(data)
     for number in range(segment.shards):
@@ -1048,7 +1047,7 @@ OVERWRITTEN = st.tuples(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(OVERWRITTEN, min_size=1, max_size=8))
 def test_overwritten(ranges: list[tuple[float, bytes]]) -> None:
-    """Ranges overwritten with anything never make the checker fail."""
+    """The checker never fails, whatever overwrites a part of the segment."""
     segment = sound()
     data = bytearray(segment.data)
     meaningful = interesting(segment)
@@ -1062,7 +1061,7 @@ def test_overwritten(ranges: list[tuple[float, bytes]]) -> None:
 
 
 def interesting(segment: Segment) -> list[int]:
-    """Where damage does something, in steps of a word: not the free rows."""
+    """Return the places where damage has an effect: not in the free rows."""
     ranges = [range(0, fmt.ROWS_AT + 4 * fmt.ROW_SIZE, 4)]
     for number in range(segment.shards):
         at = segment.base(number)
@@ -1072,7 +1071,7 @@ def interesting(segment: Segment) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_bytes(seed: int) -> None:
-    """Random bytes, few or many, of any part are survived, and hardly ever sound."""
+    """The checker survives random bytes in any part and mostly finds them."""
     rng = random.Random(seed)
     segment = sound()
     silent = 0
@@ -1090,7 +1089,7 @@ def test_random_bytes(seed: int) -> None:
 
 @pytest.mark.parametrize("values", ["any", "small", "live"])
 def test_all_random(values: str) -> None:
-    """A shard of nothing but garbage is survived, also of plausible garbage."""
+    """The checker survives a shard of garbage, also of plausible garbage."""
     rng = random.Random(values)
     segment = Segment(shards=1, max_entries=300, blocks=600)
     start = segment.base(0)
@@ -1110,7 +1109,7 @@ def test_all_random(values: str) -> None:
 
 
 def test_everything_leads_in_circles() -> None:
-    """A shard in which every walk is endless is walked through soon."""
+    """The checker ends soon on a shard in which every walk would be endless."""
     slots = 20_000
     segment = Segment(shards=1, max_entries=slots - 1, blocks=slots)
     for slot in range(1, slots + 1):
@@ -1132,7 +1131,7 @@ def test_everything_leads_in_circles() -> None:
 
 
 def test_too_many_findings() -> None:
-    """Findings are counted beyond the hundredth, not listed."""
+    """Findings after the hundredth are counted, not listed."""
     segment = sound()
     for number in range(fmt.ROWS):
         segment.put64(fmt.ROWS_AT + number * fmt.ROW_SIZE, 0xFFFF)
@@ -1151,7 +1150,7 @@ def read_shm(cache: Cache) -> bytes:
 
 
 def test_used_cache(make_cache: Callable[..., Cache], clock: Clock) -> None:
-    """A cache in which all operations have been at work is a sound segment."""
+    """A cache in which all operations were used is a sound segment."""
     cache = make_cache(max_entries=60, shards=2, sliding=True, clock=clock)
     rng = random.Random(1)
     for n in range(2000):
@@ -1185,7 +1184,7 @@ def test_used_cache(make_cache: Callable[..., Cache], clock: Clock) -> None:
 
 
 def test_check_sees_the_segment(make_cache: Callable[..., Cache]) -> None:
-    """``Cache.check()`` says what is wrong in the header and in every shard."""
+    """``Cache.check()`` finds what is wrong in the header and in every shard."""
     cache = make_cache(max_entries=60, shards=2)
     g = check.read_header(read_shm(cache)).geometry
     path = SHM / f"shmcache-{os.getuid()}-{cache.name}"

@@ -1,4 +1,4 @@
-"""Keys and values as bytes: what is accepted comes back, all else is refused."""
+"""Keys and values as bytes: an accepted one comes back, all others are refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Text(str):
 
 
 class Octets(bytes):
-    """A subclass that bytes() takes for something else."""
+    """A subclass that bytes() converts to something else."""
 
     def __bytes__(self) -> bytes:
         return b"something else"
@@ -109,7 +109,7 @@ ZONES = sorted(available_timezones())
 
 
 def zone_info(index: int) -> ZoneInfo:
-    """One of the zones; a function, or failures would be shown with all names."""
+    """Return a zone; as a function, so that failures do not show all names."""
     return ZoneInfo(ZONES[index])
 
 
@@ -179,7 +179,7 @@ keys = st.recursive(
 
 
 def exact(value: Any) -> str:
-    """A text that two values share only if they are equal, and of equal types."""
+    """Return a text that is the same only for equal values of equal types."""
     kind = type(value)
     if kind in (list, tuple):
         content = ", ".join([exact(item) for item in value])
@@ -204,14 +204,14 @@ def exact(value: Any) -> str:
 
 
 def back(codec: Any, value: Any) -> Any:
-    """What a cache with this codec returns for a value."""
+    """Return what a cache with this codec returns for a value."""
     tag, data = codec.encode(value)
     assert type(data) is bytes
     return decode_tagged(codec, tag, data)
 
 
 def nested(kind: type, levels: int) -> Any:
-    """A container in a container in ..."""
+    """Return a container in a container in ..."""
     value: Any = kind()
     for _ in range(levels - 1):
         value = {"k": value} if kind is dict else kind((value,))
@@ -219,7 +219,7 @@ def nested(kind: type, levels: int) -> Any:
 
 
 def levels(value: Any) -> int:
-    """How many containers are inside one another."""
+    """Return how many containers are inside one another."""
     count = 0
     while True:
         count += 1
@@ -229,7 +229,7 @@ def levels(value: Any) -> int:
 
 
 def shown(error: Exception) -> str:
-    """What an error says, whatever this module was imported as."""
+    """Return what an error says, whatever this module was imported as."""
     return str(error).replace(f"{__name__}.", "HERE.")
 
 
@@ -270,7 +270,7 @@ def test_different_keys_differ_in_bytes(one: Any, other: Any) -> None:
 @example(("use",), ("user",))
 @example((("a",),), (("a", "b"),))
 def test_tuple_is_prefix_in_bytes_as_in_elements(short: Any, rest: Any) -> None:
-    """A tuple's bytes begin those of exactly the tuples that it begins."""
+    """The bytes of a tuple are a prefix of another's if and only if the tuple is."""
     prefix = encode_key(short)[1]
     assert encode_key(short + rest)[1].startswith(prefix)
     expected = rest[: len(short)] == short
@@ -310,7 +310,7 @@ def test_bytes_of_keys_are_pinned(key: Any, kind: Kind, data: str) -> None:
     ],
 )
 def test_subclass_counts_as_the_plain_value(key: Any, plain: Any) -> None:
-    """An enum member, a named tuple ... is the same key as what it equals."""
+    """An enum member, a named tuple ... is the same key as its plain value."""
     assert encode_key(plain) == encode_key(key)
     assert exact(plain) == exact(decode_key(*encode_key(key)))
 
@@ -385,7 +385,7 @@ def test_shared_parts_of_a_key_do_not_multiply() -> None:
 
 
 def test_nesting_of_keys_is_bounded() -> None:
-    """As many tuples as can be encoded can be decoded; one more can be neither."""
+    """Nested tuples can be decoded as deep as they can be encoded, and no deeper."""
     kind, data = encode_key(nested(tuple, MAX_KEY_DEPTH))
     assert levels(decode_key(kind, data)) == MAX_KEY_DEPTH
     with pytest.raises(UnsupportedKey, match="flatter"):
@@ -566,9 +566,9 @@ def test_zone_without_a_name_is_refused() -> None:
         ([int], "$[0] is a type"),
         ([datetime(2024, 1, 1, tzinfo=Fixed())], "$[0] has a time zone that"),
         ({"t": time(1, tzinfo=Fixed())}, '$["t"] has a time zone that is a HERE.'),
-        ("\ud800", "$ is no UTF-8"),
-        ({"a": ["ok", "b\udcff"]}, '$["a"][1] is no UTF-8'),
-        ([{"\ud800": 1}], "$[0]{key} is no UTF-8"),
+        ("\ud800", "$ is not UTF-8"),
+        ({"a": ["ok", "b\udcff"]}, '$["a"][1] is not UTF-8'),
+        ([{"\ud800": 1}], "$[0]{key} is not UTF-8"),
         ([Unhelpful()], "$[0] is a HERE.Unhelpful"),
         ({1 << 20_000: object()}, "$[...] is a object"),
         ({'"': object()}, "$['\"'] is a object"),
@@ -625,7 +625,7 @@ def test_value_within_itself_is_refused() -> None:
 
 
 def test_deep_call_is_told_that_the_stack_is_short() -> None:
-    """Near the end of Python's stack a deep value is stored or refused, no worse."""
+    """Near the end of Python's stack a deep value is either stored or refused."""
 
     def descend(calls: int, value: Any) -> Any:
         return descend(calls - 1, value) if calls else back(MSGPACK, value)
@@ -724,7 +724,7 @@ def test_value_that_changes_meanwhile_still_decodes(plain: bool) -> None:
 
 
 def test_finalizer_that_encodes_disturbs_nothing() -> None:
-    """Finalizers that run in the midst of an encode may encode with the same codec."""
+    """A finalizer that runs while a codec encodes may encode with it, too."""
     codec = make_codec("msgpack")
     wrong: list[Any] = []
     ran = []
@@ -758,7 +758,7 @@ def test_finalizer_that_encodes_disturbs_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.once
 def test_all_holds_with_msgpack_in_python() -> None:
-    """Where msgpack has no C code, threads can switch inside of it, to no harm."""
+    """If msgpack has no C code, threads switch inside it, and values stay whole."""
     names = "mix or finalizer or meanwhile or comes_back or refused"
     run = subprocess.run(
         [
@@ -798,7 +798,7 @@ def test_late_types_decode_where_nobody_imported_them() -> None:
 
 
 def survives(data: bytes) -> None:
-    """Decodes or raises SegmentCorrupt, with what to do and mostly a cause."""
+    """Decode, or raise SegmentCorrupt that says what to do and mostly has a cause."""
     for tag in Tag:
         caught = None
         try:
@@ -813,7 +813,7 @@ def survives(data: bytes) -> None:
 @given(st.binary(max_size=200))
 @settings(max_examples=300)
 def test_any_bytes_decode_or_are_corrupt(data: bytes) -> None:
-    """Random bytes, plain or as of a rich value, give a value or SegmentCorrupt."""
+    """Random bytes, also after the mark of a rich value, decode or are corrupt."""
     survives(data)
     survives(RICH + data)
     for code in range(-3, 16):
@@ -863,7 +863,7 @@ BOMBS = {
 @pytest.mark.parametrize("prefix", [b"", RICH], ids=["plain", "rich"])
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_take_little_memory(bomb: str, prefix: bytes) -> None:
-    """Lengths, depths and contents that lie cost no more than some 100 MB."""
+    """Bytes with false lengths or depths take no more than some 100 MB to refuse."""
     tracemalloc.start()
     try:
         survives(prefix + BOMBS[bomb])
@@ -964,7 +964,7 @@ def test_hostile_dates_are_corrupt(code: int, data: bytes) -> None:
     ],
 )
 def test_tags_with_wrong_bytes_are_corrupt(tag: int, data: bytes) -> None:
-    """A tag that does not fit its bytes, or is none, is SegmentCorrupt."""
+    """An unknown tag, or one that does not fit its bytes, is SegmentCorrupt."""
     with pytest.raises(SegmentCorrupt):
         decode_tagged(MSGPACK, tag, data)
 
@@ -987,7 +987,7 @@ class Upper:
 
 
 class Nameless(Upper):
-    """A codec that does not say its name."""
+    """A codec without a name."""
 
     name = None  # type: ignore[assignment]
 
@@ -997,7 +997,7 @@ SIMPLE = [b"b", "s", -5, 1.5, None, True, False]
 
 @pytest.mark.parametrize("name", ["msgpack", "msgspec", "pickle", "raw", Upper()])
 def test_every_codec_reads_every_tag(name: Any) -> None:
-    """What incr stores as an int is read as one, whatever the codec."""
+    """With any codec, what incr stores as an int is read as an int."""
     if name == "msgspec":
         pytest.importorskip("msgspec")
     codec = make_codec(name)
@@ -1015,7 +1015,7 @@ def test_simple_values_have_tags(name: str, value: Any) -> None:
 
 
 def test_codec_has_a_name() -> None:
-    """A codec's name is what the segment records: at most 63 bytes, and telling."""
+    """The name of a codec, which the segment records, has at most 63 bytes."""
     pytest.importorskip("msgspec")
     assert make_codec("msgpack").name == "msgpack"
     assert make_codec("pickle").name == "pickle"
@@ -1038,7 +1038,7 @@ def test_codec_has_a_name() -> None:
 
 
 def test_codec_object_is_taken_as_it_is() -> None:
-    """A codec made before is used itself."""
+    """A codec object that already exists is used as it is."""
     codec = make_codec("pickle")
     assert codec is make_codec(codec)
 
@@ -1048,7 +1048,7 @@ def test_codec_object_is_taken_as_it_is() -> None:
     ["json", "", None, 5, object(), MsgspecCodec, "msgspec:builtins.int"],
 )
 def test_unknown_codec_is_refused_with_the_choices(codec: Any) -> None:
-    """What is no codec is a ValueError that lists what there is."""
+    """An unknown codec is a ValueError that lists the known ones."""
     with pytest.raises(ValueError, match="'msgpack', 'msgspec', 'pickle', 'raw'"):
         make_codec(codec)
 
@@ -1058,7 +1058,7 @@ def test_unknown_codec_is_refused_with_the_choices(codec: Any) -> None:
     ["msgpack", "pickle", "raw", "msgspec:x", "", "x" * 64, "é" * 32, 5, "\ud800"],
 )
 def test_bad_name_of_a_codec_is_refused(name: Any) -> None:
-    """A name that is another codec's, too long for the segment, or none, is refused."""
+    """A codec's name is refused if it is taken, too long, or not a name."""
     codec = Upper()
     codec.name = name
     with pytest.raises(ValueError):
@@ -1072,7 +1072,7 @@ def test_pickle_is_taken_by_name_only() -> None:
 
 
 def test_pickle_codec_brings_back_objects() -> None:
-    """Subclasses, and str that is no UTF-8, come back through pickle; locks do not."""
+    """Subclasses, and str that is not UTF-8, come back through pickle; locks do not."""
     codec = make_codec("pickle")
     for value in (
         Point(1, 2),
@@ -1094,7 +1094,7 @@ def test_pickle_codec_brings_back_objects() -> None:
 
 
 def test_raw_codec_takes_bytes_alone() -> None:
-    """codec="raw" stores exact bytes as they are, and refuses the rest by type."""
+    """codec="raw" stores bytes as they are and refuses every other type."""
     codec = make_codec("raw")
     assert codec.encode(b"x") == (Tag.BYTES, b"x")
     for value in (bytearray(b"x"), memoryview(b"x"), "x", None, 1, Octets(b"x")):
@@ -1105,7 +1105,7 @@ def test_raw_codec_takes_bytes_alone() -> None:
 
 
 def test_custom_codec_sees_every_value() -> None:
-    """An object with dumps and loads encodes even what has a tag of its own."""
+    """An object with dumps and loads also encodes values that have a tag."""
     codec = make_codec(Upper())
     assert codec.encode("abc") == (Tag.CODEC, b"ABC")
     assert codec.encode(None) == (Tag.CODEC, b"NONE")
@@ -1128,7 +1128,7 @@ def test_custom_codec_must_return_bytes() -> None:
 
 
 def test_msgspec_codec_with_a_type_brings_it_back() -> None:
-    """With a type, values come back as it says; one that does not fit is corrupt."""
+    """With a type, values come back as it says; others are corrupt."""
     msgspec = pytest.importorskip("msgspec")
     user = msgspec.defstruct("User", [("name", str), ("tags", set[str])])
     codec = make_codec(MsgspecCodec(user))
@@ -1141,7 +1141,7 @@ def test_msgspec_codec_with_a_type_brings_it_back() -> None:
 
 
 def test_msgspec_codec_without_a_type_is_lossy() -> None:
-    """Without a type, what the docstring says changes does change."""
+    """Without a type, the types change that the docstring lists."""
     pytest.importorskip("msgspec")
     codec = make_codec("msgspec")
     assert back(codec, {"a": [1, "x", 2.5, None]}) == {"a": [1, "x", 2.5, None]}
@@ -1162,7 +1162,7 @@ def test_msgspec_codec_without_a_type_is_lossy() -> None:
 
 
 def test_missing_msgspec_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where msgspec is not installed, the error says what to install."""
+    """If msgspec is not installed, the error says what to install."""
     monkeypatch.setitem(sys.modules, "msgspec", None)
     with pytest.raises(ImportError, match=r"pip install 'shmcache\[msgspec\]'"):
         make_codec("msgspec")

@@ -50,7 +50,7 @@ async def until_in_loop(holds: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def cache(make_cache: MakeCache) -> Iterator[shmcache.Cache]:
-    """A cache in which, after the test, nobody claims to compute anything."""
+    """A cache whose in-flight table is empty after the test."""
     made = make_cache()
     yield made
     if not made.closed:
@@ -163,7 +163,7 @@ def test_keys_of_all_kinds(cache: shmcache.Cache, key: Any) -> None:
 
 
 def test_one_thread_computes(cache: shmcache.Cache) -> None:
-    """Of many threads that miss at once one computes, and all get its result."""
+    """If many threads miss at once, one computes, and all get its result."""
     going = threading.Event()
     computed: list[int] = []
 
@@ -217,7 +217,7 @@ def test_next_thread_computes_after_a_failure(cache: shmcache.Cache) -> None:
 def test_two_objects_of_one_process(
     make_cache: MakeCache, cache: shmcache.Cache
 ) -> None:
-    """Two Cache objects of one name are one as regards who computes."""
+    """Of callers on two Cache objects of one name, one computes."""
     other = make_cache(cache.name)
     going = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -232,7 +232,7 @@ def test_two_objects_of_one_process(
 
 @pytest.mark.parametrize("timeout", [0, 0.05])
 def test_timeout(cache: shmcache.Cache, timeout: float) -> None:
-    """Who does not want to wait longer is told, and disturbs nobody."""
+    """A caller whose time is up gets LockTimeout, and disturbs nobody."""
     going = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(cache.get_or_set, "k", lambda: going.wait(PATIENCE))
@@ -335,7 +335,7 @@ def speaker(workers: list[Worker]) -> Worker:
 def test_one_process_computes(
     cache: shmcache.Cache, workers: Callable[..., list[Worker]]
 ) -> None:
-    """Of several processes that miss at once one computes; all have its result."""
+    """If several processes miss at once, one computes; all have its result."""
     several = workers(4)
     for round_ in range(3):
         key, missed = f"k{round_}", cache.stats().misses
@@ -389,10 +389,10 @@ def test_killed_process_is_replaced(
     assert cache.get_or_set("k", lambda: 0) == left[0].pid
 
 
-def test_claim_of_the_dead_is_free(
+def test_key_of_a_dead_worker_is_free(
     cache: shmcache.Cache, workers: Callable[..., list[Worker]]
 ) -> None:
-    """Who comes after the death finds the key free."""
+    """A caller that comes after the death finds the key free."""
     (worker,) = workers(1)
     worker.tell("k")
     assert worker.answer() == "computing"
@@ -439,8 +439,9 @@ for i in range(int(sys.argv[2])):
 """
 
 
-def test_claims_of_the_dead_do_not_add_up(cache: shmcache.Cache) -> None:
-    """Deaths in the midst of work never fill the table: the claims are given back."""
+def test_pairs_of_the_dead_do_not_add_up(cache: shmcache.Cache) -> None:
+    """Deaths in the midst of work never fill the in-flight table: pairs of the dead are
+    removed."""
     subprocess.run(
         [sys.executable, "-c", CLAIMANT, cache.name, "256", "die"],
         stdin=subprocess.DEVNULL,
@@ -645,7 +646,7 @@ def test_recursion(cache: shmcache.Cache) -> None:
 
 
 def test_deep_recursion(cache: shmcache.Cache) -> None:
-    """It may do so more often than a shard has room for claims."""
+    """It may do so more often than an in-flight table has room."""
 
     @cache.memoize()
     def depth(n: int) -> int:
@@ -660,7 +661,7 @@ def test_deep_recursion(cache: shmcache.Cache) -> None:
 
 
 def test_one_thread_computes_a_memoized_call(cache: shmcache.Cache) -> None:
-    """Of threads that make the same call at once one computes."""
+    """If many threads make the same call at once, one computes."""
     going = threading.Event()
     calls: list[int] = []
 
@@ -881,7 +882,7 @@ def test_processes_share_results(cache: shmcache.Cache) -> None:
 
 
 def test_memoized_coroutine_function(cache: shmcache.Cache) -> None:
-    """Of tasks that await the same call at once one computes."""
+    """If many tasks await the same call at once, one computes."""
     calls: list[int] = []
 
     @cache.memoize()

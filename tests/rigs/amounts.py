@@ -41,7 +41,7 @@ def amount(
 # fmt: off
 # --- storms ---------------------------------------------------------------------
 KILLS = amount(300, 2_000, interpreted=(40, 200), variable="SHMCACHE_KILLS")
-DAMAGES = amount(4_800, 24_000, interpreted=(240, 1_800), variable="SHMCACHE_DAMAGES")
+DAMAGES = amount(4_800, 24_000, interpreted=(480, 1_800), variable="SHMCACHE_DAMAGES")
 HISTORIES = amount(20, 60, interpreted=(3, 6))
 CREATIONS_WITH_KILLS = amount(10, 30, variable="SHMCACHE_CREATION_ROUNDS")
 CREATIONS = amount(5, 20, interpreted=(2, 20))

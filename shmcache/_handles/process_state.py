@@ -18,15 +18,15 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmcache._arguments import check_callable
-from shmcache._delivery import Delivery, Record, Table
 from shmcache._format import layout as L
 from shmcache._format.layout import Cause
+from shmcache._handles.delivery import Delivery, Record, Table
 from shmcache.errors import ReentrantCall, ShmCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmcache._registry import Registry
+    from shmcache._handles.registry import Registry
 
 ON_EVICT = "it is called as on_evict(key, handle, cause)"
 

@@ -3,7 +3,7 @@
 A handle is an object of one process, so the shared map holds only an entry for it.  The
 entry's key is the token of the owner and the user's key; its value is the owner's
 token, a number that the owner never uses twice, and a small value that every worker may
-read.  ``Registry`` offers what handles.py and _delivery.py do with such entries.
+read.  ``Registry`` offers what the other parts do with such entries.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from shmcache.errors import ShmCacheError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmcache._registry import Registry
+    from shmcache._handles.registry import Registry
 
 log = logging.getLogger("shmcache")
 
