@@ -1,6 +1,7 @@
 """The same tests once more, on the interpreted engine.
 
-Each test module is run in a pytest of its own, with SHMCACHE_ENGINE=interpreted.
+Each test module is run in a pytest of its own, with SHMCACHE_ENGINE=interpreted.  What
+this run leaves out by ``-m`` is left out there, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import shmcache
 
 pytestmark = [
     pytest.mark.once,
+    pytest.mark.slow,
+    pytest.mark.counted,  # some of the modules' tests are
     pytest.mark.skipif(not shmcache.compiled, reason="this run is interpreted itself"),
 ]
 
@@ -42,16 +45,21 @@ MODULES = [
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_passes_interpreted(
-    module: str, interpreted_env: dict[str, str], tmp_path: Path
+    module: str,
+    interpreted_env: dict[str, str],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Every test of the module passes on the interpreted engine, and some do run."""
     # A whole module may take longer than a test; each of its tests is watched itself.
     faulthandler.cancel_dump_traceback_later()
     report = tmp_path / "report.xml"
+    chosen = request.config.getoption("markexpr")
+    marks = "not once and not servers" + f" and ({chosen})" * bool(chosen)
     run = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", str(HERE / module)),
-            *("-m", "not once and not servers", "--numprocesses=0"),
+            *("-m", marks, "--numprocesses=0"),
             *(f"--junit-xml={report}", f"--basetemp={tmp_path / 'base'}"),
             *("-p", "no:cacheprovider", "--tb=short"),
         ],
@@ -63,7 +71,7 @@ def test_module_passes_interpreted(
         check=False,
     )
     if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
-        pytest.skip(f"each test of {module} is marked as once or servers")
+        pytest.skip(f"no test of {module} is {marks}")
     assert run.returncode == 0, run.stdout
     suite = ET.parse(report).getroot()[0]
     tests, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])

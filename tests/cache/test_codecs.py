@@ -13,7 +13,7 @@ from shmcache import Cache
 
 
 class Point:
-    """Something that only pickle can store."""
+    """An object that only pickle can store."""
 
     def __init__(self, x: int) -> None:
         self.x = x
@@ -64,7 +64,8 @@ class Json:
 
 
 def test_codec_with_a_type(make_cache: MakeCache, name: str) -> None:
-    """With a type msgspec brings tuples back; the type is part of the agreement."""
+    """With a type, msgspec brings tuples back, and the type is a setting that all must
+    agree on."""
     cache = make_cache(name, codec=shmcache.MsgspecCodec(tuple[int, str]))
     cache["k"] = (1, "x")
     assert cache["k"] == (1, "x")
@@ -74,7 +75,8 @@ def test_codec_with_a_type(make_cache: MakeCache, name: str) -> None:
 
 @pytest.mark.parametrize("other", ["pickle", "raw", "msgspec", Json()])
 def test_codec_mismatch(make_cache: MakeCache, name: str, other: Any) -> None:
-    """Another codec is refused on creation and on attachment, by both names."""
+    """Creation and attachment with another codec are refused; the message names both
+    codecs."""
     cache = make_cache(name)
     for attach in (Cache, Cache.attach):
         with pytest.raises(shmcache.ConfigMismatch, match="codec is 'msgpack' but"):
@@ -84,7 +86,8 @@ def test_codec_mismatch(make_cache: MakeCache, name: str, other: Any) -> None:
 
 
 def test_attach_with_a_codec_of_ones_own(make_cache: MakeCache, name: str) -> None:
-    """A codec that has no name here must be given; with it the values come back."""
+    """Attachment needs the codec object if the codec has no name; with it the values
+    come back."""
     make_cache(name, codec=Json())["k"] = [1]
     with pytest.raises(ValueError, match="json"):
         Cache.attach(name)
@@ -93,7 +96,8 @@ def test_attach_with_a_codec_of_ones_own(make_cache: MakeCache, name: str) -> No
 
 
 def test_value_that_cannot_be_decoded(make_cache: MakeCache) -> None:
-    """A codec that fails on reading is an error of ours, and delete() still works."""
+    """A codec that fails on reading raises an error of this package, and delete() still
+    works."""
 
     class Broken(Json):
         def loads(self, data: bytes) -> Any:

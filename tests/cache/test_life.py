@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def test_names_in_shared_memory(make_cache: MakeCache, name: str) -> None:
-    """The names contain the user and the cache; all go with the last close."""
+    """The names contain the user and the cache; all of them go with the last close."""
     cache = make_cache(name, max_entries=100, shards=2)
     base = f"shmcache-{os.getuid()}-{name}"
     assert files(name) == sorted(
@@ -83,7 +83,7 @@ def test_use_after_close(make_cache: MakeCache, use: str) -> None:
 
 
 def test_iteration_over_a_closed_cache(make_cache: MakeCache) -> None:
-    """Iteration that was begun says so, too, when the cache is closed."""
+    """An iterator raises CacheClosed when the cache is closed under it."""
     cache = make_cache(max_entries=2000)
     cache.set_many({i: i for i in range(1000)})
     keys = iter(cache)
@@ -94,7 +94,8 @@ def test_iteration_over_a_closed_cache(make_cache: MakeCache) -> None:
 
 
 def hold(cache: Cache) -> None:
-    """Take shard 0's lock as another thread of this process that is inside for long."""
+    """Take the lock of shard 0, as another thread of this process would that keeps it
+    long."""
     semaphore = posix_ipc.Semaphore(f"/shmcache-{os.getuid()}-{cache.name}.0")
     semaphore.acquire()
     semaphore.close()
@@ -102,7 +103,7 @@ def hold(cache: Cache) -> None:
 
 
 def let_go(cache: Cache) -> None:
-    """Give it back."""
+    """Give the lock of shard 0 back."""
     cache._attachment.words[cache._words_of(0) + fmt.S_HOLDER] = 0
     semaphore = posix_ipc.Semaphore(f"/shmcache-{os.getuid()}-{cache.name}.0")
     semaphore.release()
@@ -111,7 +112,8 @@ def let_go(cache: Cache) -> None:
 
 @pytest.mark.skipif(not shmcache.compiled, reason="interpreted, such a lock is freed")
 def test_lock_timeout(make_cache: MakeCache) -> None:
-    """A lock that cannot be had in time is LockTimeout; compiled reads need none."""
+    """A lock that cannot be had in time raises LockTimeout; compiled reads need no
+    lock."""
     cache = make_cache(lock_timeout=0.05)
     cache["a"] = 1
     hold(cache)
@@ -132,7 +134,7 @@ def test_lock_timeout(make_cache: MakeCache) -> None:
 
 
 def test_dropped_without_close(name: str) -> None:
-    """A Cache that nobody refers to any more leaves, and takes everything along."""
+    """A Cache to which no reference is left closes itself, and removes its files."""
     cache = Cache(name, cleanup_interval=0.01)
     cache["a"] = 1
     del cache
@@ -149,7 +151,8 @@ def test_dropped_without_close(name: str) -> None:
 
 
 def test_two_objects_of_one_process(make_cache: MakeCache, name: str) -> None:
-    """They are one cache, and it lives until the second one is closed."""
+    """Two objects of one name are one cache, which lives until the second one is
+    closed."""
     one, two = make_cache(name, ttl=5), make_cache(name, ttl=5)
     one["a"] = 1
     assert two["a"] == 1
@@ -182,7 +185,7 @@ def test_attach(make_cache: MakeCache, name: str) -> None:
 
 
 def test_attach_to_nothing(name: str) -> None:
-    """Attach to a name that nobody created says so, and leaves nothing."""
+    """attach() to a name that no process has created says so, and leaves nothing."""
     with pytest.raises(shmcache.SegmentNotFound, match="create it with Cache"):
         Cache.attach(name)
     assert files(name) == []
@@ -216,7 +219,8 @@ def test_mismatch(make_cache: MakeCache, name: str, setting: str) -> None:
 
 
 def test_mismatch_names_every_difference(make_cache: MakeCache, name: str) -> None:
-    """The message has each setting with what there is and what was asked for."""
+    """The message names each setting that differs, with its value and with the one
+    asked for."""
     make_cache(name, max_entries=10)
     with pytest.raises(shmcache.ConfigMismatch) as caught:
         Cache(name, **OTHER)
@@ -286,7 +290,8 @@ def test_without_persist_nothing_is_found_again(
 
 
 def test_unlink(make_cache: MakeCache, name: str) -> None:
-    """The names go at once; who is attached goes on, and the next one is new."""
+    """The names go at once; attached processes go on, and the next one creates a new
+    cache."""
     old = make_cache(name, max_entries=5)
     old["a"] = "old"
     old.unlink()
@@ -303,7 +308,8 @@ def test_unlink(make_cache: MakeCache, name: str) -> None:
 
 
 def test_last_one_out(make_cache: MakeCache, name: str) -> None:
-    """The cache lives as long as one process has it, not as long as its creator."""
+    """The cache lives as long as any process has it, not only as long as its
+    creator."""
     cache = make_cache(name)
     cache["a"] = 1
     with subprocess.Popen(

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def test_many(make_cache: MakeCache, clock: Clock) -> None:
-    """Get_many returns what was found; set_many and delete_many do each key."""
+    """get_many() returns what was found; set_many() and delete_many() treat each
+    key."""
     cache = make_cache(ttl=60, clock=clock)
     cache.set_many({"a": 1, "b": None, ("c", 1): 3}, ttl=5)
     cache.set_many({"d": 4})
@@ -38,7 +39,7 @@ def test_many(make_cache: MakeCache, clock: Clock) -> None:
 
 
 def test_set_many_is_each_by_itself(make_cache: MakeCache) -> None:
-    """Of a mapping with one bad value the entries before it are stored."""
+    """If one value of a mapping is refused, the entries before it are stored."""
     cache = make_cache()
     with pytest.raises(shmcache.UnsupportedValue):
         cache.set_many({"a": 1, "b": object(), "c": 3})
@@ -49,7 +50,7 @@ def test_set_many_is_each_by_itself(make_cache: MakeCache) -> None:
 
 
 def test_views(make_cache: MakeCache) -> None:
-    """Keys, values and items are views as those of a dict, and are live."""
+    """keys(), values() and items() are live views, as those of a dict."""
     cache = make_cache()
     keys, values, items = cache.keys(), cache.values(), cache.items()
     cache.update({"a": 1, ("b",): 2, 3: None})
@@ -71,7 +72,8 @@ def test_views(make_cache: MakeCache) -> None:
 
 
 def test_items_can_be_asked_for_anything(make_cache: MakeCache) -> None:
-    """Asking for a pair that cannot be there is answered, as by a dict's items."""
+    """items() answers whether a pair is there also for pairs that cannot be, as a dict
+    does."""
     cache = make_cache()
     cache["a"] = 1
     pairs: list[Any] = ["a", 5, ("a",), ("a", 1, 2), (None, 1)]
@@ -79,7 +81,7 @@ def test_items_can_be_asked_for_anything(make_cache: MakeCache) -> None:
 
 
 def test_iteration_meets_all_once(make_cache: MakeCache) -> None:
-    """Each of thousands of entries is met once, over several shards."""
+    """Iteration over several shards meets each of thousands of entries once."""
     cache = make_cache(max_entries=5000, shards=4)
     stored = {i: str(i) for i in range(4000)}
     cache.set_many(stored)
@@ -89,7 +91,8 @@ def test_iteration_meets_all_once(make_cache: MakeCache) -> None:
 
 
 def test_iteration_while_this_thread_writes(make_cache: MakeCache) -> None:
-    """What lives throughout is met once, though all changes from step to step."""
+    """Entries that live throughout are met once, although all others change at each
+    step."""
     cache = make_cache(max_entries=4000, max_bytes="8 MiB", shards=2)
     stay = range(500)
     cache.set_many(dict.fromkeys(stay, 0))
@@ -128,7 +131,8 @@ print(rounds)
 def test_iteration_while_another_process_writes(
     make_cache: MakeCache, name: str
 ) -> None:
-    """What lives throughout is met once, while another process changes everything."""
+    """Entries that live throughout are met once while another process changes all
+    others."""
     cache = make_cache(name, max_entries=2000, max_bytes="4 MiB")
     cache.set_many(dict.fromkeys(range(300), 0))
     with subprocess.Popen(
@@ -151,7 +155,8 @@ def test_iteration_while_another_process_writes(
 
 
 def test_iteration_while_a_thread_writes(make_cache: MakeCache) -> None:
-    """What lives throughout is met once, while another thread changes everything."""
+    """Entries that live throughout are met once while another thread changes all
+    others."""
     cache = make_cache(max_entries=2000, max_bytes="4 MiB")
     cache.set_many(dict.fromkeys(range(300), 0))
     stop, started = threading.Event(), threading.Event()
@@ -180,7 +185,8 @@ def test_iteration_while_a_thread_writes(make_cache: MakeCache) -> None:
 
 
 def test_clear(make_cache: MakeCache, clock: Clock) -> None:
-    """All entries go, how many lived is told, and the cache is as good as new."""
+    """clear() removes all entries and returns how many lived; then the cache is like a
+    new one."""
     cache = make_cache(max_entries=3000, shards=2, clock=clock)
     cache.set_many({i: i for i in range(2000)})
     cache.set_many({str(i): i for i in range(10)}, ttl=1)
@@ -215,7 +221,8 @@ def test_clear(make_cache: MakeCache, clock: Clock) -> None:
     ],
 )
 def test_clear_of_a_prefix(make_cache: MakeCache, prefix: Any, gone: list[Any]) -> None:
-    """Those go whose key begins so, of the same kind only; of tuples by elements."""
+    """clear(prefix) removes the keys of its type that begin with it; tuples begin by
+    elements."""
     keys: list[Any] = [
         *("user:", "user:1", "user:12", "use", "", "ä", b"user:1", 1, 12),
         *((), ("user",), ("user", 1), ("user", 1, "x"), ("user", 12), (1,)),
@@ -231,7 +238,7 @@ def test_clear_of_a_prefix(make_cache: MakeCache, prefix: Any, gone: list[Any]) 
 
 
 def test_stats(make_cache: MakeCache, name: str, clock: Clock) -> None:
-    """Every count is what happened."""
+    """Each count of stats() is the number of times that its event happened."""
     cache = make_cache(name, max_entries=4, ttl=10, clock=clock, cleanup_interval=3600)
     cache.update(a=1, b=2, c=3, d=4)
     assert [cache.get(k) for k in "abx"] == [1, 2, None]
@@ -270,7 +277,7 @@ def test_stats(make_cache: MakeCache, name: str, clock: Clock) -> None:
 
 
 def test_stats_add_up(make_cache: MakeCache) -> None:
-    """Whatever happened: sets less all that went is what is there."""
+    """After any history, the sets less all that went are the entries that are there."""
     cache = make_cache(max_entries=50, shards=3)
     rng = random.Random(6)
     lookups = 0
@@ -295,7 +302,7 @@ def test_hit_ratio_of_nothing(make_cache: MakeCache) -> None:
 
 
 def test_counts_of_the_gone_are_kept(make_cache: MakeCache, name: str) -> None:
-    """Hits and misses of a process that has ended remain in the sums."""
+    """The sums keep the hits and misses of a process that has ended."""
     cache = make_cache(name)
     cache["a"] = 1
     code = (

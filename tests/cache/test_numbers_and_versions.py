@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def test_hash_is_that_of_the_package(make_cache: MakeCache) -> None:
-    """The engine's own XXH3 of short keys is what the interpreted engine calls."""
+    """The engine's own XXH3 of short keys equals that of the xxhash package, which the
+    interpreted engine calls."""
     cache = make_cache()
     dice = random.Random(1)
     seed = cache._attachment.header.seed
@@ -33,7 +34,8 @@ def test_hash_is_that_of_the_package(make_cache: MakeCache) -> None:
 
 
 def test_incr_and_decr(make_cache: MakeCache) -> None:
-    """They add to what is there, or to ``initial`` if nothing is."""
+    """incr() and decr() add to the number that is there, or to ``initial`` if none
+    is."""
     cache = make_cache()
     assert cache.incr("n", initial=0) == 1
     assert cache.incr("n") == 2
@@ -52,7 +54,7 @@ def test_incr_and_decr(make_cache: MakeCache) -> None:
 
 
 def test_incr_of_a_damaged_value_is_no_matter_of_types(make_cache: MakeCache) -> None:
-    """What is no number by damage only is damage, not the caller's mistake."""
+    """A number to which damage gave another type is SegmentCorrupt, not a TypeError."""
     cache = make_cache()
     cache["n"] = 1
     words = cache._attachment.block.view.cast("I")
@@ -69,7 +71,7 @@ def test_incr_of_a_damaged_value_is_no_matter_of_types(make_cache: MakeCache) ->
 
 
 def test_incr_in_place_or_anew(make_cache: MakeCache, clock: Clock) -> None:
-    """Versions, times of writing, order of use and values are as of any overwrite."""
+    """incr() changes versions, times and the order of use as any overwrite does."""
     cache = make_cache(max_entries=4, max_bytes=4096, clock=clock)
     long = "k" * 250  # a value behind it lies in two blocks of 256 bytes
     assert cache._attachment.header.geometry.block_size == 256
@@ -91,7 +93,8 @@ def test_incr_in_place_or_anew(make_cache: MakeCache, clock: Clock) -> None:
 
 
 def test_incr_to_the_bounds_of_64_bits(make_cache: MakeCache) -> None:
-    """Exact up to the largest and smallest int of 64 bits; refused beyond."""
+    """incr() is exact up to the largest and smallest int of 64 bits, and refused
+    beyond."""
     cache = make_cache()
     cache["n"] = (1 << 63) - 2
     assert cache.incr("n") == (1 << 63) - 1
@@ -105,7 +108,7 @@ def test_incr_to_the_bounds_of_64_bits(make_cache: MakeCache) -> None:
 
 
 def test_incr_keeps_or_renews_time(make_cache: MakeCache, clock: Clock) -> None:
-    """Left out, ttl keeps an entry's expiry; given, it is the new one."""
+    """Without ttl incr() keeps an entry's expiry; a given ttl becomes the new one."""
     cache = make_cache(ttl=60, clock=clock)
     cache.incr("n", initial=0)
     assert cache.ttl("n") == 60
@@ -126,7 +129,7 @@ def test_incr_keeps_or_renews_time(make_cache: MakeCache, clock: Clock) -> None:
 
 @pytest.mark.parametrize("sliding", [False, True])
 def test_incr_counts_as_a_set_only(make_cache: MakeCache, sliding: bool) -> None:
-    """It counts as neither hit nor miss, in a sliding cache as in any other."""
+    """incr() counts as neither hit nor miss, in a sliding cache as in any other."""
     cache = make_cache(ttl=60, sliding=sliding)
     cache.incr("n", initial=0)
     cache.incr("n")
@@ -136,7 +139,7 @@ def test_incr_counts_as_a_set_only(make_cache: MakeCache, sliding: bool) -> None
 
 @pytest.mark.parametrize("codec", ["msgpack", "msgspec", "pickle"])
 def test_incr_of_a_number_that_was_set(make_cache: MakeCache, codec: str) -> None:
-    """Numbers that set() stored can be added to, whatever the codec."""
+    """incr() adds to numbers that set() stored, whatever the codec."""
     cache = make_cache(codec=codec)
     cache.update(n=41, f=0.5)
     assert [cache.incr("n"), cache.incr("f")] == [42, 1.5]
@@ -145,7 +148,7 @@ def test_incr_of_a_number_that_was_set(make_cache: MakeCache, codec: str) -> Non
 
 
 def test_incr_in_a_raw_cache(make_cache: MakeCache) -> None:
-    """A cache of bytes has no numbers, and says so."""
+    """incr() in a cache with the codec "raw" is refused, as its values are bytes."""
     cache = make_cache(codec="raw")
     cache["n"] = b"1"
     with pytest.raises(shmcache.UnsupportedValue, match="another codec"):
@@ -179,7 +182,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_cas_fails_after_any_change(make_cache: MakeCache, change: str) -> None:
-    """A token names one version: not an equal one, nor one in the same place."""
+    """A token stands for one version: not for an equal value, nor for a new one in its
+    place."""
     cache = make_cache(max_entries=3)
     cache["k"] = 1
     token = cache.gets("k")[1]
@@ -216,7 +220,7 @@ def test_cas_without_token_stores_only_if_absent(
 
 
 def test_tokens_are_of_one_key(make_cache: MakeCache) -> None:
-    """The token of one entry does not open another."""
+    """cas() refuses the token of another key's entry."""
     cache = make_cache()
     cache.update(a=1, b=2)
     assert cache.cas("b", 3, cache.gets("a")[1]) is False
@@ -225,7 +229,7 @@ def test_tokens_are_of_one_key(make_cache: MakeCache) -> None:
 
 @pytest.mark.parametrize("token", [0, -1, 1, 1 << 64, 1 << 200])
 def test_tokens_that_nobody_got(make_cache: MakeCache, token: int) -> None:
-    """A number that is no token of this entry stores nothing."""
+    """cas() with a number that gets() never returned stores nothing."""
     cache = make_cache()
     cache["k"] = 1
     assert cache.cas("k", 2, token) is False

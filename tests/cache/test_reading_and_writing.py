@@ -45,7 +45,7 @@ VALUES: list[Any] = [
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_values_come_back(make_cache: MakeCache, value: Any) -> None:
-    """A value comes back equal and of the same type, by every way of reading."""
+    """A value comes back equal and with the same type, by every way of reading."""
     cache = make_cache(max_entries=4)
     cache["k"] = value
     read = [
@@ -73,7 +73,7 @@ def test_value_is_a_copy(make_cache: MakeCache) -> None:
 
 
 def test_absent_key(make_cache: MakeCache) -> None:
-    """Where nothing is, each method says so in its own way, and None is a value."""
+    """Each method has its own answer for an absent key; None is a value like others."""
     cache = make_cache()
     assert cache.get("k") is None
     assert cache.get("k", 5) == 5
@@ -144,7 +144,7 @@ def test_delete_and_pop(make_cache: MakeCache) -> None:
 
 
 def test_setdefault(make_cache: MakeCache, clock: Clock) -> None:
-    """Setdefault stores and returns its value only where there is none."""
+    """setdefault() stores and returns its value only where there is none."""
     cache = make_cache(clock=clock)
     assert cache.setdefault("a", 1) == 1
     assert cache.setdefault("a", 2) == 1
@@ -168,7 +168,8 @@ def test_update(make_cache: MakeCache) -> None:
 
 
 def test_popitem_gives_the_least_recently_used(make_cache: MakeCache) -> None:
-    """It takes entries out in the order of their last use; KeyError at the end."""
+    """popitem() takes entries out in the order of their last use, and raises KeyError
+    at the end."""
     cache = make_cache()
     cache.update(a=1, b=2, c=3)
     cache.get("a")
@@ -187,7 +188,7 @@ def test_popitem_empties_all_shards(make_cache: MakeCache) -> None:
 
 
 def test_length_and_truth(make_cache: MakeCache, clock: Clock) -> None:
-    """A cache is true although it is empty, and len counts live entries only."""
+    """A cache is true even when it is empty, and len() counts live entries only."""
     cache = make_cache(clock=clock)
     assert bool(cache) is True
     assert len(cache) == 0
@@ -275,7 +276,7 @@ def test_nonsense_in_a_call_is_refused(
     error: type[Exception],
     remedy: str,
 ) -> None:
-    """Each is refused with what to do, and nothing at all has changed."""
+    """Each nonsensical call is refused with what to do, and changes nothing."""
     cache = make_cache(clock=clock)
     cache.set("n", 1, ttl=50)
     cache.update(s="text", t=True, f=1.5)

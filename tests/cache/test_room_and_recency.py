@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("use", USES)
 def test_use_renews_recency(make_cache: MakeCache, use: str) -> None:
-    """Of a full cache the entry just used stays, and the next older one goes."""
+    """In a full cache the entry that was just used stays, and the next older one is
+    evicted."""
     cache = make_cache(max_entries=3)
     cache.set_many({"a": 1, "b": 2, "c": 3})
     USES[use](cache)
@@ -29,7 +30,7 @@ def test_use_renews_recency(make_cache: MakeCache, use: str) -> None:
 
 @pytest.mark.parametrize("use", NO_USES)
 def test_looking_does_not_renew_recency(make_cache: MakeCache, use: str) -> None:
-    """What only looks leaves order, hits and misses as they were."""
+    """Calls that only look change neither the order of use nor hits and misses."""
     cache = make_cache(max_entries=3)
     cache.set_many({"a": 1, "b": 2, "c": 3})
     before = cache.stats()
@@ -41,7 +42,7 @@ def test_looking_does_not_renew_recency(make_cache: MakeCache, use: str) -> None
 
 
 def test_lru_is_exact_over_many_hits(make_cache: MakeCache) -> None:
-    """The order of thousands of hits is kept, far more than a touch buffer holds."""
+    """The order of thousands of hits is kept, far more than a recency buffer holds."""
     cache = make_cache(max_entries=500)
     cache.set_many({i: i for i in range(500)})
     order = random.Random(1).choices(range(500), k=3000)
@@ -66,7 +67,7 @@ def test_lru_is_exact_over_two_objects_of_one_process(
 
 
 def test_hits_of_another_process_count(make_cache: MakeCache, name: str) -> None:
-    """The uses of a process that has closed are applied: what it read stays."""
+    """The uses by a process that has closed are applied: what it read stays."""
     cache = make_cache(name, max_entries=3)
     cache.set_many({"a": 1, "b": 2, "c": 3})
     code = (
@@ -90,7 +91,7 @@ def test_entries_are_bounded(make_cache: MakeCache, shards: int) -> None:
 
 
 def test_bytes_are_bounded(make_cache: MakeCache) -> None:
-    """With max_entries=0 room alone decides: 256 blocks of 256 bytes, no more."""
+    """With max_entries=0 only the room counts: 256 blocks of 256 bytes, and no more."""
     cache = make_cache(max_entries=0, max_bytes="64 KiB")
     for i in range(1000):
         cache[i] = b"x" * 200
@@ -127,7 +128,8 @@ def test_overwrite_keeps_the_others(make_cache: MakeCache) -> None:
 
 
 def test_overwrite_of_what_fills_the_room(make_cache: MakeCache) -> None:
-    """When old and new cannot both fit, the old one goes first and others stay."""
+    """When old and new value do not both fit, the old one goes first, and others
+    stay."""
     cache = make_cache(max_entries=0, max_bytes=10 * 256)
     cache["big"] = b"1" * (6 * 256 - 3)
     cache.update(a=1, b=2, c=3, d=4)
@@ -141,7 +143,7 @@ def test_overwrite_of_what_fills_the_room(make_cache: MakeCache) -> None:
 def test_expired_go_before_the_least_recently_used(
     make_cache: MakeCache, clock: Clock
 ) -> None:
-    """A full cache gives up what has expired, however recently it was used."""
+    """A full cache first gives up what has expired, however recently it was used."""
     cache = make_cache(max_entries=3, clock=clock)
     cache.update(a=1, b=2)
     cache.set("c", 3, ttl=5)
@@ -151,7 +153,7 @@ def test_expired_go_before_the_least_recently_used(
 
 
 def test_expired_go_first_out_of_thousands(make_cache: MakeCache, clock: Clock) -> None:
-    """It is found among many that expire a moment later."""
+    """An expired entry is found among thousands that expire a moment later."""
     cache = make_cache(max_entries=3000, clock=clock)
     cache.set("early", 0, ttl=10)
     clock.advance(0.000_002)
@@ -166,7 +168,8 @@ def test_expired_go_first_out_of_thousands(make_cache: MakeCache, clock: Clock) 
 
 
 def test_expired_go_first_within_a_tick(make_cache: MakeCache, clock: Clock) -> None:
-    """It is found among many that expire later in the same tick of the wheel."""
+    """An expired entry is found among many that expire later in the same tick of the
+    wheel."""
     clock.ns = 1000 * TICK
     cache = make_cache(max_entries=200, clock=clock)
     cache.set("early", 0, ttl=10 * TICK / 1e9)
@@ -198,7 +201,7 @@ def too_large(cache: Cache) -> list[Callable[[], object]]:
 
 @pytest.mark.parametrize("way", range(10))
 def test_what_can_never_fit_is_refused(make_cache: MakeCache, way: int) -> None:
-    """EntryTooLarge comes at once, with the sizes, and nothing else is lost for it."""
+    """EntryTooLarge is raised at once, and no other entry is evicted for it."""
     cache = make_cache(max_entries=0, max_bytes=10 * 256)
     for key in "jihgfedcba":
         cache[key] = 1
@@ -220,7 +223,8 @@ def test_sizes_are_in_the_message(make_cache: MakeCache) -> None:
 
 @pytest.mark.parametrize("key", ["k" * 65_536, b"k" * 65_536, "ä" * 32_768])
 def test_long_keys_are_refused(make_cache: MakeCache, key: Any) -> None:
-    """A key over 65,535 bytes is refused by all that store, and is never there."""
+    """A key over 65,535 bytes is refused by all calls that store, and is absent to all
+    others."""
     cache = make_cache()
     for call in (
         lambda: cache.set(key, 1),
@@ -246,7 +250,7 @@ def test_values_of_every_length_around_a_block(make_cache: MakeCache) -> None:
 
 
 def test_value_that_fills_the_arena(make_cache: MakeCache) -> None:
-    """The largest possible entry fits, displacing everything, and comes back whole."""
+    """The largest possible entry fits, evicts all others, and comes back whole."""
     cache = make_cache(max_entries=0, max_bytes="1 MiB")
     rng = random.Random(2)
     for i in range(3000):  # leaves the free list in no order at all

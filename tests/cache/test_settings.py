@@ -17,7 +17,8 @@ from shmcache._format import layout as fmt
 
 
 def test_defaults(make_cache: MakeCache) -> None:
-    """Left out: 10,000 entries of 512 bytes in one shard, no expiry, nothing fancy."""
+    """Without settings a cache has 10,000 entries of 512 bytes in one shard, and no
+    expiry."""
     cache = make_cache()
     stats = cache.stats()
     assert (
@@ -37,7 +38,7 @@ def test_defaults(make_cache: MakeCache) -> None:
 def test_default_of_max_bytes(
     make_cache: MakeCache, entries: int, capacity: int
 ) -> None:
-    """Room follows from max_entries: 512 bytes an entry, at least 1 MiB."""
+    """The default of max_bytes is 512 bytes for each entry, at least 1 MiB."""
     assert capacity == make_cache(max_entries=entries).stats().bytes_capacity
 
 
@@ -66,7 +67,8 @@ def test_size_as_text(make_cache: MakeCache, text: str, size: int) -> None:
 def test_cleanup_interval_follows_ttl(
     make_cache: MakeCache, ttl: float | None, interval: float
 ) -> None:
-    """It is a quarter of the TTL, from one second to five minutes."""
+    """The default of cleanup_interval is a quarter of the TTL, from one second to five
+    minutes."""
     assert interval == make_cache(ttl=ttl).cleanup_interval
 
 
@@ -79,7 +81,8 @@ def test_cleanup_interval_can_be_given(make_cache: MakeCache) -> None:
     ("entries", "shards"), [(1, 1), (16_384, 1), (16_385, 2), (65_536, 8)]
 )
 def test_default_of_shards(make_cache: MakeCache, entries: int, shards: int) -> None:
-    """One shard, so exact LRU, up to 16,384 entries; more of them above."""
+    """Up to 16,384 entries there is one shard, so LRU is exact; above there are
+    more."""
     assert shards == make_cache(max_entries=entries).stats().shards
 
 
@@ -150,7 +153,8 @@ NONSENSE: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_nonsense_settings_are_refused(
     name: str, settings: dict[str, Any], error: type[Exception], remedy: str
 ) -> None:
-    """Each is refused by its name, with what to do, and leaves nothing behind."""
+    """Each nonsensical setting is refused by its name, with what to do, and leaves
+    nothing."""
     with pytest.raises(error, match=re.escape(remedy)) as caught:
         Cache(name, **settings)
     assert any(setting in str(caught.value) for setting in (*settings, "shared"))
@@ -170,7 +174,7 @@ def test_nonsense_names_are_refused(nonsense: Any) -> None:
 
 
 def test_names_of_all_allowed_characters(make_cache: MakeCache, name: str) -> None:
-    """Names that differ in one character only are different caches."""
+    """Names that differ in one character are different caches."""
     names = [name + end for end in ("", ".", "_", "-", ".0", ".A", ".a", ".lease.1")]
     caches = [make_cache(each, max_entries=2) for each in names]
     for cache in caches:
@@ -179,7 +183,8 @@ def test_names_of_all_allowed_characters(make_cache: MakeCache, name: str) -> No
 
 
 def test_memory_is_reserved_at_creation(make_cache: MakeCache, name: str) -> None:
-    """Every page of the segment is there from the start: no SIGBUS later."""
+    """Every page of the segment is allocated from the start, so no SIGBUS comes
+    later."""
     cache = make_cache(name, max_entries=1000)
     found = os.stat(f"/dev/shm/shmcache-{os.getuid()}-{name}")
     assert cache.stats().segment_bytes == found.st_size

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def test_ttl_of_the_cache_and_of_a_call(make_cache: MakeCache, clock: Clock) -> None:
-    """Left out means the cache's TTL, None means never, a number means itself."""
+    """Without ttl a call uses the cache's TTL; None means no expiry; a number means
+    itself."""
     cache = make_cache(ttl=60, clock=clock)
     cache.set("default", 1)
     cache.set("own", 1, ttl=0.25)
@@ -59,7 +60,7 @@ READS: dict[str, Callable[[Cache], object]] = {
 def test_entry_lives_to_the_nanosecond(
     make_cache: MakeCache, clock: Clock, read: str
 ) -> None:
-    """One nanosecond before its time an entry is there, and at its time it is not."""
+    """An entry is there one nanosecond before its expiry, and is not there at it."""
     cache = make_cache(clock=clock)
     for expired, ttl in enumerate([1e-9, 0.001, 0.5, 100.0, 1e6, 1e9]):
         cache.set("k", 1, ttl=ttl)
@@ -84,7 +85,7 @@ def test_clock_in_seconds(make_cache: MakeCache) -> None:
 
 
 def test_own_clock(make_cache: MakeCache) -> None:
-    """Without a clock real time counts: what was written for a moment goes."""
+    """Without a clock real time counts: an entry with a short TTL goes."""
     cache = make_cache()
     cache.set("brief", 1, ttl=0.001)
     cache.set("long", 1, ttl=3600)
@@ -98,7 +99,8 @@ def test_own_clock(make_cache: MakeCache) -> None:
 
 
 def test_touch_gives_new_time(make_cache: MakeCache, clock: Clock) -> None:
-    """Touch renews by the cache's TTL or a given one, longer, shorter, or for ever."""
+    """touch() sets the expiry anew, by the cache's TTL or a given one: longer, shorter,
+    or never."""
     cache = make_cache(ttl=10, clock=clock)
     cache["k"] = 1
     clock.advance(9)
@@ -123,7 +125,7 @@ RENEWALS: dict[str, Callable[[Cache], object]] = {
 
 @pytest.mark.parametrize("use", RENEWALS)
 def test_sliding(make_cache: MakeCache, clock: Clock, use: str) -> None:
-    """In a sliding cache a hit renews the entry's own time, whatever it was."""
+    """In a sliding cache a hit renews the entry's own TTL, whatever it was."""
     cache = make_cache(ttl=10, sliding=True, clock=clock)
     cache["a"] = 1
     for _ in range(5):
@@ -147,7 +149,7 @@ def test_sliding(make_cache: MakeCache, clock: Clock, use: str) -> None:
 
 @pytest.mark.parametrize("use", NO_USES)
 def test_looking_does_not_slide(make_cache: MakeCache, clock: Clock, use: str) -> None:
-    """What only looks leaves the time of a sliding entry as it was."""
+    """Calls that only look leave the expiry of a sliding entry as it was."""
     cache = make_cache(ttl=10, sliding=True, clock=clock)
     cache["a"] = 1
     clock.advance(4)
@@ -159,7 +161,7 @@ def test_looking_does_not_slide(make_cache: MakeCache, clock: Clock, use: str) -
 def test_without_sliding_time_runs_on(
     make_cache: MakeCache, clock: Clock, use: str
 ) -> None:
-    """In a cache that does not slide, hits leave an entry's time as it was."""
+    """In a cache that does not slide, hits leave an entry's expiry as it was."""
     cache = make_cache(ttl=10, clock=clock)
     cache["a"] = 1
     clock.advance(4)
@@ -168,7 +170,8 @@ def test_without_sliding_time_runs_on(
 
 
 def test_sliding_in_the_wheel(make_cache: MakeCache, clock: Clock) -> None:
-    """Entries renewed for a long time are swept at their last time, not before."""
+    """Entries that were renewed many times are swept at their last expiry, not
+    before."""
     cache = make_cache(
         ttl=1, sliding=True, clock=clock, max_entries=300, cleanup_interval=3600
     )
@@ -183,7 +186,8 @@ def test_sliding_in_the_wheel(make_cache: MakeCache, clock: Clock) -> None:
 
 @pytest.mark.parametrize("jitter", [0.1, 0.5, 0.999])
 def test_jitter(make_cache: MakeCache, clock: Clock, jitter: float) -> None:
-    """Each TTL is shortened by a random part, up to this much, and none is longer."""
+    """Each TTL is shortened by a random part of at most the jitter, and none becomes
+    longer."""
     cache = make_cache(ttl=1000, jitter=jitter, clock=clock)
     cache.set_many({i: i for i in range(1000)})
     left = [cache.ttl(i) or 0.0 for i in range(1000)]
@@ -198,7 +202,8 @@ def test_jitter(make_cache: MakeCache, clock: Clock, jitter: float) -> None:
 
 
 def test_jitter_of_single_calls(make_cache: MakeCache, clock: Clock) -> None:
-    """Touch, incr and a TTL of a call's own are shortened too; None stays for ever."""
+    """Jitter applies to touch(), to incr() and to a TTL of one call; None stays
+    None."""
     cache = make_cache(jitter=0.5, clock=clock)
     cache.set("never", 1, ttl=None)
     assert cache.ttl("never") is None
@@ -218,7 +223,7 @@ def test_jitter_of_single_calls(make_cache: MakeCache, clock: Clock) -> None:
 
 
 def test_sweep_removes_what_has_expired(make_cache: MakeCache, clock: Clock) -> None:
-    """Sweep takes all that has expired, only that, and says how many."""
+    """sweep() removes all that has expired, and only that, and returns how many."""
     cache = make_cache(clock=clock, max_entries=4000, shards=2)
     for i in range(1000):
         cache.set(i, i, ttl=1 + i % 10)
@@ -234,7 +239,7 @@ def test_sweep_removes_what_has_expired(make_cache: MakeCache, clock: Clock) -> 
 
 
 def test_sweep_within_a_tick(make_cache: MakeCache, clock: Clock) -> None:
-    """It ends although many entries of the wheel's current tick expire later."""
+    """sweep() ends although many entries of the wheel's current tick expire later."""
     clock.ns = 1000 * TICK
     cache = make_cache(clock=clock)
     cache.set("early", 0, ttl=10 * TICK / 1e9)
@@ -249,7 +254,8 @@ def test_sweep_within_a_tick(make_cache: MakeCache, clock: Clock) -> None:
 
 
 def test_sweep_on_a_budget(make_cache: MakeCache, clock: Clock) -> None:
-    """With no time to spend it does a bounded step, and the next call goes on."""
+    """With a budget of no time sweep() does one bounded step, and the next call goes
+    on."""
     cache = make_cache(clock=clock, max_entries=5000)
     cache.set_many({i: i for i in range(5000)}, ttl=1)
     clock.advance(1)
@@ -261,7 +267,7 @@ def test_sweep_on_a_budget(make_cache: MakeCache, clock: Clock) -> None:
 
 
 def test_writes_pay_for_sweeping(make_cache: MakeCache, clock: Clock) -> None:
-    """Without any sweep, inserts alone remove what has expired."""
+    """Without any sweep, inserts remove what has expired."""
     cache = make_cache(clock=clock, max_entries=1000)
     cache.set_many({i: i for i in range(500)}, ttl=1)
     clock.advance(1)
@@ -272,7 +278,7 @@ def test_writes_pay_for_sweeping(make_cache: MakeCache, clock: Clock) -> None:
 
 
 def test_thread_sweeps_by_itself(make_cache: MakeCache) -> None:
-    """Expired entries go without any further call."""
+    """The sweeper removes expired entries without any further call."""
     cache = make_cache(cleanup_interval=0.01)
     cache.set("k", 1, ttl=0.001)
     waiting = threading.Event()

@@ -54,7 +54,7 @@ OPERATIONS = [name for name in SCENARIOS if name not in WORKERS]
 
 
 class Answer(NamedTuple):
-    """What became of a child that was ordered to die."""
+    """How a child ended that was ordered to die."""
 
     pid: int
     code: int
@@ -63,7 +63,7 @@ class Answer(NamedTuple):
 
 
 class Zygote:
-    """The process from which the dying ones are forked."""
+    """The process from which the children that die are forked."""
 
     def __init__(self, process: subprocess.Popen[str], clock: Clock) -> None:
         self._process = process
@@ -219,7 +219,8 @@ def scene(
 
 
 def either(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[Any]]:
-    """What may be found for each key: the old, the new, and if they differ nothing."""
+    """The values that each key may have: the old or the new one, or none if they
+    differ."""
     return {
         key: [old, after[key]] + [ABSENT] * (old != after[key])
         for key, old in before.items()
@@ -227,7 +228,7 @@ def either(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[Any]
 
 
 def unmoved(before: list[int], after: list[int]) -> list[int]:
-    """The longest common subsequence: what kept its place in the order of use."""
+    """The longest common subsequence of two orders: the slots that kept their place."""
     longest: dict[tuple[int, int], list[int]] = {}
     for i in range(len(before) + 1):
         for j in range(len(after) + 1):
@@ -241,7 +242,7 @@ def unmoved(before: list[int], after: list[int]) -> list[int]:
 
 
 def look(scene: Scene, allowed: dict[str, list[Any]]) -> dict[str, Any]:
-    """What the survivors find: before, during and after the repair."""
+    """The content that survivors see before, during and after the takeover."""
     at_once = scene.content()
     scene.cache._step(0, 0)
     found = scene.content()
@@ -257,7 +258,7 @@ def look(scene: Scene, allowed: dict[str, list[Any]]) -> dict[str, Any]:
 
 
 def recoveries(scene: Scene) -> list[dict[str, Any]]:
-    """The facts in the log about recoveries."""
+    """The facts that the log has about recoveries."""
     return [
         {
             name: vars(record)[name]
@@ -274,7 +275,8 @@ def test_1_death_at_any_step_costs_at_most_the_entry_in_flight(
     interpreted_env: dict[str, str],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Whatever step a process dies at: the others go on with all the rest."""
+    """A process dies at any step of an operation; the others go on with all other
+    entries."""
     with scene.zygote(interpreted_env) as zygote:
         whole = zygote.order(scene.name, FOR_EVER)
         assert whole.code == 0
@@ -330,7 +332,8 @@ def test_1_death_in_repair_leaves_the_repair_to_the_next(
     interpreted_env: dict[str, str],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Whatever step of a takeover or repair a process dies at: the next does it."""
+    """A process dies at any step of a takeover or rebuild; the next process does it
+    again."""
     with scene.zygote(interpreted_env) as zygote:
         whole = zygote.order(scene.name, FOR_EVER)
         first = round(whole.steps * where)
@@ -375,8 +378,8 @@ def test_1_death_of_a_worker_that_comes_goes_or_reaps(
     interpreted_env: dict[str, str],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Whatever step of the workers' table a process dies at: its row comes free again,
-    and each worker's counts are in the sums once."""
+    """A process dies at any step of changing the workers' table; its row becomes free
+    again, and each worker's counts are in the sums once."""
     attachment = scene.attachment
     counted = steps = 0
 
@@ -409,14 +412,15 @@ def test_1_death_of_a_worker_that_comes_goes_or_reaps(
 
 
 @pytest.mark.parametrize("act", HANDLES)
-def test_1_death_of_one_who_removes_handles(
+def test_1_death_of_a_process_that_removes_handles(
     act: str,
     name: str,
     interpreted_env: dict[str, str],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Whatever step a process dies at that evicts, clears, sweeps or closes: the owner
-    closes what has gone, once, and keeps the rest; the dead one's handles go."""
+    """A process dies at any step of evicting, clearing, sweeping or closing; the owner
+    closes the handles that have gone, once, and keeps the rest, and the dead process's
+    handles go."""
     closed: list[str] = []
     clock = Clock()
     step, deaths, whole = offset(EVERY_DEATH, act), 0, False
@@ -469,9 +473,9 @@ def test_1_death_at_any_line_of_life(
     interpreted_env: dict[str, str],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Whatever line of creating, attaching, reviving, leaving or unlinking a process
-    dies at: the next to come finds what persists, or a clean start, and leaves nothing.
-    """
+    """A process dies at any line of creating, attaching, reviving, leaving or
+    unlinking; the next process finds what persists, or an empty cache, and leaves
+    nothing."""
     persistent = life == "revive_and_leave"
     keeps = persistent or life == "attach_and_leave"
     settings = {**(PERSISTENT if persistent else SMALL), "lock_timeout": LONGEST_WAIT}

@@ -33,7 +33,8 @@ CREATORS = 50
 
 
 def admin_of(path: str) -> int | None:
-    """The PID of the process that creates a segment just now."""
+    """The PID of the process that holds the admin lock of a segment; None if no one
+    does."""
     try:
         fd = os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -45,7 +46,8 @@ def admin_of(path: str) -> int | None:
 
 
 def kill_a_creator(name: str, alive: set[int], told: int, random: Random) -> set[int]:
-    """Kill who has the admin lock, at a random moment; nobody if all have attached."""
+    """Kill the process that has the admin lock, at a random moment, and return its PID;
+    return nothing if all have attached."""
     path = f"{SHM}/shmcache-{os.getuid()}-{name}.lease"
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
@@ -66,9 +68,9 @@ def kill_a_creator(name: str, alive: set[int], told: int, random: Random) -> set
 @pytest.mark.counted
 @pytest.mark.once
 def test_6_creators_killed_at_random(new_name: Callable[[], str]) -> None:
-    """Of 50 processes that create a cache at once, one to three are killed while they
-    have the admin lock: the others meet in one sound segment, and none is left when
-    they have gone; many times over."""
+    """50 processes create a cache at once, and one to three of them are killed while
+    they have the admin lock: the others meet in one sound segment, and nothing is left
+    after them."""
     random = Random(6)
     settings: dict[str, Any] = {"max_entries": 2000, "shards": 4}
     rounds = 0
@@ -127,7 +129,7 @@ def test_6_creators_killed_at_random(new_name: Callable[[], str]) -> None:
 
 
 def with_shm_of(size: str, script: str) -> str:
-    """What a script prints that runs with a /dev/shm of its own, of a certain size."""
+    """The output of a script that runs with its own /dev/shm of a certain size."""
     mount = f"mount -t tmpfs -o size={size},mode=1777 tmpfs {SHM} && "
     command = mount + 'exec "$0" -W always -c "$1"'
     process = subprocess.Popen(
@@ -151,8 +153,8 @@ def with_shm_of(size: str, script: str) -> str:
 @pytest.mark.once
 @needs_mounts
 def test_7_too_small() -> None:
-    """Where a segment cannot fit, creation says how much it needs, how much is free
-    and what to do, and leaves nothing."""
+    """Where a segment cannot fit, creation says how much it needs, how much is free and
+    what to do, and leaves nothing."""
     output = with_shm_of(
         "1m",
         """
@@ -177,7 +179,7 @@ def test_7_too_small() -> None:
 @pytest.mark.once
 @needs_mounts
 def test_7_room_for_all_but_the_semaphores() -> None:
-    """Whatever the room that is left, creation succeeds, or ends in OutOfSharedMemory
+    """With any room left in /dev/shm, creation succeeds, or raises OutOfSharedMemory
     and leaves nothing."""
     output = with_shm_of(
         "4m",

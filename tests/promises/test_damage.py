@@ -26,9 +26,9 @@ BATCHES = [("used", batch) for batch in range(10)] + [("at rest", 0), ("handles"
 
 
 @pytest.mark.parametrize(("kind", "batch"), BATCHES)
-def test_8_damage_is_mended_or_reported(kind: str, batch: int, name: str) -> None:
-    """Damage of any bytes ends in repair or in an error of the package: never in a
-    signal, a loop without end, or a value that was not stored under its key."""
+def test_8_damage_is_rebuilt_or_reported(kind: str, batch: int, name: str) -> None:
+    """Damage of any bytes ends in a rebuild or in an error of the package: never in a
+    signal, in an endless loop, or in a value that was not stored under its key."""
     number = DAMAGES // len(BATCHES)
     fd = os.memfd_create("progress")
     os.ftruncate(fd, mmap.PAGESIZE)

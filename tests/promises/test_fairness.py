@@ -61,7 +61,8 @@ def hammer(cache: Cache, number: int, seconds: float) -> tuple[int, float, int]:
 def test_12_spare_permits_let_nobody_in_twice(
     make_cache: Callable[..., Cache],
 ) -> None:
-    """A semaphore that lets several in at once leaves one holder, and exact counts."""
+    """A semaphore that lets several processes in at once still leaves one holder, and
+    exact counts."""
     cache = make_cache(max_entries=100, shards=1, lock_timeout=PATIENCE)
     name = cache.name
 

@@ -31,7 +31,8 @@ def snapshot(name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def left(name: str) -> Iterator[tuple[str, Path, Path]]:
-    """The name of a persistent cache that nobody uses, its segment, its lease file."""
+    """The name of a persistent cache that no process uses, its segment, and its lock
+    file."""
     with Cache(name, max_entries=10, persist=True) as cache:
         cache["there"] = "value"
         names = cache._names
@@ -45,7 +46,8 @@ def left(name: str) -> Iterator[tuple[str, Path, Path]]:
 
 
 def refused(name: str, error: type[Exception], reason: str) -> None:
-    """Neither attaching nor creating goes, for this reason, and nothing changes."""
+    """Assert that attaching and creating are refused for this reason and change
+    nothing."""
     before = snapshot(name)
     uses: tuple[Callable[[], object], ...] = (
         lambda: Cache.attach(name),
@@ -94,7 +96,7 @@ def test_8_damaged_header(
 @pytest.mark.once
 @pytest.mark.parametrize("shift", [-1, 1, -4096, 4096, 1 << 20])
 def test_8_wrong_size(left: tuple[str, Path, Path], shift: int) -> None:
-    """A segment that was cut short or made longer is refused; no SIGBUS."""
+    """A segment that was cut short or made longer is refused, without a SIGBUS."""
     name, segment, _ = left
     size = segment.stat().st_size
     os.truncate(segment, size + shift)
@@ -106,8 +108,8 @@ def test_8_wrong_size(left: tuple[str, Path, Path], shift: int) -> None:
 @pytest.mark.once
 @pytest.mark.parametrize("size", [0, 1, 7, 4096])
 def test_8_stump(left: tuple[str, Path, Path], size: int) -> None:
-    """What is left of a segment, too short for a header, is refused unless it is as
-    empty as a killed creator leaves it."""
+    """A file that is too short for a header is refused, unless it is as empty as a
+    killed creator leaves it."""
     name, segment, _ = left
     os.truncate(segment, size)
     if size:
@@ -121,7 +123,7 @@ def test_8_stump(left: tuple[str, Path, Path], size: int) -> None:
 @pytest.mark.parametrize("which", ["segment", "lease"])
 @pytest.mark.parametrize("mode", [0o644, 0o660, 0o606, 0o777])
 def test_8_wrong_mode(left: tuple[str, Path, Path], which: str, mode: int) -> None:
-    """A file that others can open is refused."""
+    """A file that other users can open is refused."""
     name, *paths = left
     paths[which == "lease"].chmod(mode)
     refused(name, SegmentRefused, f"has mode {mode:o}, so others can open it")
@@ -133,8 +135,8 @@ def test_8_wrong_mode(left: tuple[str, Path, Path], which: str, mode: int) -> No
 def test_8_no_regular_file(
     left: tuple[str, Path, Path], tmp_path: Path, which: str, what: str
 ) -> None:
-    """Something under the name of a segment, or lease file, that is no file of ours is
-    refused, neither followed nor waited for."""
+    """Another kind of file under the name of a segment or lock file is refused; it is
+    neither followed nor waited for."""
     name, *paths = left
     path = paths[which == "lease"]
     other = tmp_path / "other"
@@ -159,15 +161,15 @@ def test_8_no_regular_file(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("which", ["segment", "lease"])
 def test_8_another_users_file(left: tuple[str, Path, Path], which: str) -> None:
-    """Another user's file under our name is refused, also to root."""
+    """Another user's file under this user's name is refused, also to root."""
     name, *paths = left
     os.chown(paths[which == "lease"], 12345, -1)
     refused(name, SegmentRefused, "belongs to user 12345, and we are user 0")
 
 
 @pytest.mark.once
-def test_8_refusal_leaves_no_lease_file(left: tuple[str, Path, Path]) -> None:
-    """Being refused a foreign segment leaves no new lease file beside it."""
+def test_8_refusal_leaves_no_lock_file(left: tuple[str, Path, Path]) -> None:
+    """A refused foreign segment leaves no new lock file beside it."""
     name, segment, lease = left
     lease.unlink()
     segment.chmod(0o644)
@@ -178,7 +180,7 @@ def test_8_refusal_leaves_no_lease_file(left: tuple[str, Path, Path]) -> None:
 def test_8_header_damaged_while_in_use(
     name: str, make_cache: Callable[..., Cache]
 ) -> None:
-    """Who is attached goes on when the magic word is overwritten; newcomers are
+    """Attached processes go on when the magic word is overwritten; newcomers are
     refused, and the data stays."""
     cache = make_cache(name, max_entries=10)
     cache["there"] = "value"

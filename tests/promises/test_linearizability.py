@@ -108,7 +108,7 @@ def linearizable(history: list[Operation]) -> bool:
 
 
 def op(called: int, returned: int, kind: str, *arguments: Any, gives: Any) -> Operation:
-    """An operation, written shortly."""
+    """A short form of Operation."""
     return Operation(called, returned, kind, arguments, gives)
 
 

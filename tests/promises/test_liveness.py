@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 
 def test_2_stopped_process_is_not_robbed(make_cache: Callable[..., Cache]) -> None:
-    """While a process is stopped in the write section, writes elsewhere end in
-    LockTimeout that names it, hits and misses are answered; then it goes on."""
+    """While a process is stopped in the write section, writes by others raise
+    LockTimeout, which names it, and reads are answered; after SIGCONT it goes on."""
     cache = make_cache(**ROOMY, lock_timeout=0.2)
     cache["there"] = "value"
     cache.set("mortal", "value", ttl=1000)
@@ -88,7 +88,7 @@ def test_2_stopped_process_that_is_killed_is_robbed(
     make_cache: Callable[..., Cache], caplog: pytest.LogCaptureFixture
 ) -> None:
     """As soon as a stopped process dies, a write that waits for it goes through, and
-    the log says who died."""
+    the log says which process died."""
     cache = make_cache(**ROOMY, lock_timeout=PATIENCE)
     cache["there"] = "value"
     writer = Writer(cache)
@@ -117,7 +117,8 @@ def test_2_stopped_process_that_is_killed_is_robbed(
 
 
 def takes_over(cache: Cache, log: pytest.LogCaptureFixture) -> str:
-    """What the log says when the next write takes the lock over from a dead holder."""
+    """The message in the log when the next write takes the lock over from a dead
+    holder."""
     log.clear()
     before = cache.stats().recoveries
     with log.at_level(logging.WARNING, "shmcache"):
@@ -132,8 +133,8 @@ def takes_over(cache: Cache, log: pytest.LogCaptureFixture) -> str:
 def test_3_zombie_holder_is_dead(
     make_cache: Callable[..., Cache], caplog: pytest.LogCaptureFixture, owner: str
 ) -> None:
-    """A holder that was killed, and that its parent has not waited for, is dead,
-    whoever its parent is."""
+    """A killed holder that its parent has not waited for is dead, also when the parent
+    is another process."""
     cache = make_cache(**ROOMY, lock_timeout=PATIENCE)
     cache["there"] = "value"
     if owner == "ours":
@@ -169,7 +170,7 @@ def test_3_zombie_holder_is_dead(
 
 
 def write_for_ever(name: str) -> NoReturn:
-    """What a forked process does until it is killed."""
+    """The body of a forked process: it overwrites an entry until it is killed."""
     try:
         signal.alarm(PATIENCE)
         cache = Cache.attach(name)
@@ -258,7 +259,7 @@ cache.close()
 
 @contextmanager
 def contained(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
-    """A process in a PID namespace of its own, its PID out here, and its token."""
+    """A process in its own PID namespace, its PID outside of it, and its token."""
     with subprocess.Popen(
         [
             "unshare",
@@ -286,8 +287,8 @@ def contained(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int, int
 
 @needs_pid_namespaces
 def test_3_two_pid_namespaces(make_cache: Callable[..., Cache]) -> None:
-    """Processes in two PID namespaces, both of PID 1, see of each other whether they
-    live: a stopped holder is waited for, a killed one is taken over from."""
+    """Processes in two PID namespaces, both with PID 1, know of each other whether they
+    live: a stopped holder is waited for, and a killed one is taken over from."""
     cache = make_cache(**ROOMY)
     cache["there"] = "value"
     with (
@@ -346,8 +347,8 @@ def test_4_death_of_a_holder_is_noticed_although_its_child_lives(
 
 
 def test_4_orphan_lives_on_in_the_cache_that_followed(name: str) -> None:
-    """A child whose parent was killed, who joins the cache that others have made in
-    place of theirs and then closes the old one, is alive in the eyes of the others."""
+    """A child whose parent was killed joins the cache that others have created since,
+    and then closes the old one: to the others it is alive."""
 
     def be_killed(link: Connection) -> None:
         old = Cache(name, max_entries=10)

@@ -22,5 +22,5 @@ def test_cache_agrees_with_the_model(
     clock: Clock,
     checker: None,
 ) -> None:
-    """Whatever the history, every result is the model's, and the segment is sound."""
+    """In any history every result is the model's, and the segment is sound."""
     run(machine, new_name, type(clock), MODEL_EXAMPLES)

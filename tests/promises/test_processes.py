@@ -67,8 +67,8 @@ with Cache(name, max_entries=100) as cache:
 @pytest.mark.slow
 @pytest.mark.counted
 def test_close_beside_a_thread_that_writes(name: str) -> None:
-    """A thread in the midst of writes is told that another has closed the cache, at
-    whatever moment; nothing crashes, and nothing is left."""
+    """A thread that writes gets CacheClosed when another thread closes the cache, at
+    any moment; nothing crashes, and nothing is left."""
     assert run(CLOSES_BESIDE_WRITES, name, str(CLOSES)) == "[]\n"
     assert names_of(name) == []
 
@@ -153,7 +153,8 @@ def test_fork_from_a_thread_while_others_write(
 
 
 def test_child_that_never_uses_the_cache(name: str) -> None:
-    """An inherited cache that is not used keeps nobody from being the last one out."""
+    """An inherited cache that the child does not use does not keep the segment
+    alive."""
     cache = Cache(name)
     cache["a"] = 1
     idle = Peer(lambda link: link.recv())
@@ -168,7 +169,8 @@ def test_child_that_never_uses_the_cache(name: str) -> None:
 def test_child_that_closes_takes_nothing_from_its_parent(
     name: str, make_cache: Callable[..., Cache], used: bool
 ) -> None:
-    """A child's close() leaves the parent's lease alone: newcomers find the data."""
+    """A child's close() leaves its parent's lock file alone: newcomers find the
+    data."""
     cache = make_cache(name)
     cache["a"] = "the parent's"
 
@@ -191,7 +193,8 @@ def test_child_that_closes_takes_nothing_from_its_parent(
 
 
 def test_two_caches_of_one_name_in_parent_and_child(name: str) -> None:
-    """Each of them works until it is closed, on both sides of a fork."""
+    """Each of two objects of one name works until it is closed, on both sides of a
+    fork."""
     one, two = Cache(name), Cache(name)
     one["a"] = 1
 
@@ -215,7 +218,7 @@ def test_two_caches_of_one_name_in_parent_and_child(name: str) -> None:
 
 @pytest.mark.parametrize("death", ["closes", "exits", "is killed"])
 def test_child_outlives_its_parent(name: str, death: str) -> None:
-    """A child that uses the cache keeps it, however its parent goes."""
+    """A child that uses the cache keeps it, however its parent ends."""
 
     def parent(link: Connection) -> None:
         cache = Cache(name)
@@ -254,8 +257,9 @@ def test_child_outlives_its_parent(name: str, death: str) -> None:
     assert names_of(name) == []
 
 
-def test_forked_ones_whose_parent_took_the_cache_with_it_meet_again(name: str) -> None:
-    """Children that first use a removed cache share a new one, and hold no old one."""
+def test_children_of_a_parent_that_removed_the_cache_share_a_new_one(name: str) -> None:
+    """Children that first use a cache after its removal share a new one, and hold no
+    old one."""
     before = Cache(name)
     before["a"] = "before"
     also = Cache(name)
@@ -301,8 +305,8 @@ def test_forked_ones_whose_parent_took_the_cache_with_it_meet_again(name: str) -
 def test_child_that_closes_all_inherited_descriptors(
     name: str, make_cache: Callable[..., Cache]
 ) -> None:
-    """A daemon that closes all descriptors first joins anew, with a lease of its own,
-    and does not close others' descriptors of the same numbers later."""
+    """A daemon that first closes all descriptors joins anew, with its own lock file
+    descriptor, and does not later close others' descriptors of the same numbers."""
     cache = make_cache(name)
     also = make_cache(name)
     cache["a"] = 1
@@ -395,8 +399,8 @@ def orphaned(name: str, persist: bool) -> tuple[int, Connection]:
 def test_orphan_and_newcomer_meet_in_one_segment(
     name: str, make_cache: Callable[..., Cache], persist: bool
 ) -> None:
-    """A forked process that comes late, after the segment was taken up by others,
-    uses theirs: the same segment, and the same semaphores."""
+    """A forked process that comes after others have taken the segment up uses theirs:
+    the same segment, and the same semaphores."""
     orphan, link = orphaned(name, persist)
     newcomer = make_cache(name, persist=persist)
     assert newcomer.get("a") == ("the parent's" if persist else None)
@@ -461,15 +465,15 @@ os._exit(0)
 
 
 def test_c_fork_without_hooks(name: str) -> None:
-    """A process forked in C, one forked in C from that, and so on, are workers by
-    themselves: nothing of Python's fork machinery is needed."""
+    """A process forked in C, and one forked in C from that one, and so on, become
+    workers without Python's fork hooks."""
     # Three parents count 2000 each, the last child 1000, each child one before.
     assert f"{3 * 2000 + 1000 + 3} []\n" == run(C_FORK, name)
     assert names_of(name) == []
 
 
 def test_sweeper_that_is_told_to_stop_stops(make_cache: Callable[..., Cache]) -> None:
-    """A stop that comes just before the sweeper clears its bell is not overheard; a
+    """A stop that comes just before the sweeper clears its bell is noticed; otherwise a
     fork would wait for it."""
     cache = make_cache(cleanup_interval=300)
     sweeper = Sweeper()
@@ -566,7 +570,7 @@ def test_process_argument(
 
 
 class Reversed:
-    """A codec that no name stands for."""
+    """A codec without a name."""
 
     def dumps(self, value: str) -> bytes:
         """The text backwards."""
@@ -610,8 +614,8 @@ def test_last_one_out_is_a_process_that_just_ends(name: str, method: str) -> Non
 
 
 def test_unrelated_processes_share_a_name(name: str) -> None:
-    """Processes that know nothing of each other but the name see each other's
-    writes, and the last one to end removes the cache without any close()."""
+    """Processes that have only the name in common see each other's writes, and the last
+    one to end removes the cache without any close()."""
     script = """
     import os, sys
     from shmcache import Cache
@@ -657,7 +661,8 @@ def test_exec_leaves_the_cache(name: str, make_cache: Callable[..., Cache]) -> N
 
 
 def test_persistent_cache_after_a_clean_stop(name: str) -> None:
-    """A persistent cache is found again, with all entries, when all users had gone."""
+    """A persistent cache is found again, with all entries, after all users have
+    left."""
     script = """
     import sys
     from shmcache import Cache
@@ -680,7 +685,7 @@ def test_persistent_cache_after_a_clean_stop(name: str) -> None:
 
 
 def test_persistent_cache_after_all_were_killed(name: str) -> None:
-    """A persistent cache is found again also when its users left without a word."""
+    """A persistent cache is found again after all users were killed."""
 
     def use(link: Connection) -> None:
         cache = Cache(name, persist=True)
@@ -727,8 +732,8 @@ def test_leftovers_of_killed_users_are_replaced(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.counted
 def test_fifty_processes_start_at_once(new_name: Callable[[], str]) -> None:
-    """They make one segment between them, without an error, and the last one of them
-    removes it, many times over."""
+    """Fifty processes that start at once make one segment between them, without an
+    error, and the last one removes it."""
     for _ in range(CREATIONS):
         name = new_name()
         starting, start = os.pipe()
@@ -765,8 +770,8 @@ def test_fifty_processes_start_at_once(new_name: Callable[[], str]) -> None:
 
 
 def test_two_last_ones_out(name: str) -> None:
-    """Of two processes that leave at the same time one removes the cache, although
-    the other has not yet let go of its files."""
+    """Of two processes that leave at the same time one removes the cache, although the
+    other has not yet closed its files."""
 
     def leave_slowly(link: Connection) -> None:
         cache = Cache(name)
@@ -806,7 +811,7 @@ PREFIX = {key: key.encode() + b"|" for key in KEYS}
 
 
 def sealed(key: str, random: Random) -> bytes:
-    """A value of some random length that tells its key and carries its checksum."""
+    """A value of some random length that names its key and carries its checksum."""
     data = PREFIX[key] + random.randbytes(int(2 ** random.uniform(0, 11)))
     return data + struct.pack("<I", zlib.crc32(data))
 
@@ -895,7 +900,7 @@ def test_no_torn_or_foreign_value_in_a_million_reads(
 
 
 def test_close_while_another_thread_waits_for_the_lock(name: str) -> None:
-    """The waiting thread gets CacheClosed, and no access to what is unmapped."""
+    """The waiting thread gets CacheClosed, and touches no unmapped memory."""
 
     def hold(link: Connection) -> None:
         # The lock's holder as it looks to others, without a race to stop it there.
@@ -959,7 +964,7 @@ def read_text(path: str) -> str:
 
 
 def asleep(call: str, cache: Cache) -> bool:
-    """Whether a thread's system call, as /proc tells it, waits for shard 0."""
+    """Whether a thread's system call, as /proc shows it, waits for shard 0."""
     fields = call.split()
     if len(fields) < 2 or fields[0] == "running":
         return False
@@ -972,7 +977,8 @@ def asleep(call: str, cache: Cache) -> bool:
 
 
 class Closing:
-    """A codec and clock in whose midst a cache is closed, as another thread may."""
+    """A codec and clock that closes a cache in the middle of an operation, as a thread
+    may."""
 
     def __init__(self) -> None:
         self.cache: Cache | None = None
@@ -1023,7 +1029,8 @@ class Closing:
 def test_close_in_the_middle_of_an_operation(
     name: str, at: str, sliding: bool, operate: Callable[[Cache], Any]
 ) -> None:
-    """An operation whose cache goes away under it is done, or tells that it closed."""
+    """An operation whose cache is closed under it either succeeds or raises
+    CacheClosed."""
     closing = Closing()
     given: dict[str, Any] = {at: closing}
     cache = Cache(name, ttl=60, sliding=sliding, **given)
@@ -1069,7 +1076,7 @@ def test_collector_closes_the_last_cache_while_a_new_one_opens(
 
 
 def test_process_that_can_start_no_thread(name: str) -> None:
-    """The cache does without its sweeper where no thread can be started."""
+    """Where no thread can be started, the cache works without its sweeper."""
 
     def use(_: Connection) -> None:
         threading.stack_size(1 << 46)
@@ -1093,7 +1100,7 @@ def test_process_that_can_start_no_thread(name: str) -> None:
 
 
 def test_failed_creation_leaves_nothing(name: str) -> None:
-    """A segment for which there is no room leaves no lease file and no descriptor."""
+    """A segment for which there is no room leaves no lock file and no descriptor."""
     with pytest.raises(OutOfSharedMemory):
         Cache(name, max_bytes=1 << 44, max_entries=1000, shards=256)
     assert names_of(name) == []
@@ -1103,7 +1110,8 @@ def test_failed_creation_leaves_nothing(name: str) -> None:
 
 
 def interpreters() -> list[str]:
-    """This interpreter and those of other versions, by SHMCACHE_PYTHONS or PATH."""
+    """This interpreter, and those of other versions in SHMCACHE_PYTHONS or on the
+    PATH."""
     named = os.environ.get("SHMCACHE_PYTHONS", "").split(os.pathsep)
     found = [shutil.which(f"python3.{minor}") for minor in range(11, 20)]
     this = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -1188,7 +1196,8 @@ if os.fork() == 0:
 def test_fork_beside_the_sweeper_is_no_fork_beside_a_thread(
     name: str, python: str
 ) -> None:
-    """The sweeper is out of the way when a process forks: Python has no warning."""
+    """The sweeper has ended when a process forks, so Python does not warn of a
+    thread."""
     command = [python, "-c", WARNS_OF_HOOKS]
     if subprocess.run(command, capture_output=True, check=True).stderr:
         # As 3.13.0 does: it counts threads after the hooks, which start the sweeper.

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def test_9_attach_and_close_after_a_crash_leaves_nothing(
     make_cache: Callable[..., Cache],
 ) -> None:
-    """When all users were killed, one of them in the midst of writing, the next that
-    comes and leaves takes all that they left with it."""
+    """When all users were killed, one of them in the midst of writing, the next process
+    that opens and closes the cache removes all that they left."""
     cache = make_cache(**ROOMY, lock_timeout=0.1)
     name = cache.name
     writer = Writer(cache)
@@ -56,7 +56,8 @@ def test_9_attach_and_close_after_a_crash_leaves_nothing(
 
 
 def test_10_warm_restart_after_a_clean_stop(name: str) -> None:
-    """A persistent cache is all there after a clean stop, and the counts say so."""
+    """A persistent cache has all its entries after a clean stop, and the counts say
+    so."""
     with Cache(name, max_entries=100, shards=2, persist=True) as cache:
         for n in range(60):
             cache[n] = n
@@ -71,8 +72,8 @@ def test_10_warm_restart_after_a_clean_stop(name: str) -> None:
 def test_10_warm_restart_after_all_were_killed(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """When all workers are killed in the midst of writing, what they had written is
-    there: of each worker's key the value acknowledged last, or the next one."""
+    """When all workers are killed while they write, what they had written is there:
+    under each worker's key the value acknowledged last, or the next one."""
 
     def count(number: int, link: Connection) -> None:
         cache = Cache(name, max_entries=100, shards=2, persist=True)

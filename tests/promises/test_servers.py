@@ -113,8 +113,8 @@ def test_reload_and_restart(kind: Kind, name: str, persist: bool) -> None:
 
 @pytest.mark.once
 def test_celery(name: str, tmp_path: Path) -> None:
-    """The processes of a Celery worker share one cache: at once, without losing an
-    increment, computing once; and the end leaves nothing."""
+    """The processes of a Celery worker share one cache: they see writes at once, lose
+    no increment, and compute once; the end leaves nothing."""
     if not find_spec("celery"):
         pytest.skip("celery is not installed: pip install 'shmcache[test]'")
     for folder in ("queue", "control", "results"):
@@ -164,7 +164,8 @@ def test_celery(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [uwsgi(), uwsgi("--lazy-apps")], ids=lambda k: k.id)
 def test_expired_entries_go_without_threads(kind: Kind, name: str) -> None:
-    """Under uWSGI without threads there is no sweeper, and inserts sweep as they go."""
+    """Under uWSGI without threads there is no sweeper, and inserts remove what has
+    expired."""
     with Server(installed(kind), name, warm=True, cleanup_interval=1) as server:
         workers = server.meet()
         for n in range(20):
@@ -188,7 +189,7 @@ def test_expired_entries_go_without_threads(kind: Kind, name: str) -> None:
 )
 def test_expired_entries_go_by_themselves(kind: Kind, name: str) -> None:
     """Each worker's sweeper removes what has expired, without any operation, and the
-    process that forks the workers has no sweeper that it does not stop for it."""
+    process that forks the workers stops its own sweeper first."""
     with Server(installed(kind), name, warm=True, cleanup_interval=0.05) as server:
         server.meet()
         for n in range(20):

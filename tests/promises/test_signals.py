@@ -148,7 +148,8 @@ OPERATIONS = sorted(SCENARIOS.keys() - {"attach", "count_and_close", "reap"})
 
 
 def check_strikes(stage: Stage, numbers: Iterator[int], what: str) -> int:
-    """Strike at these lines or bytecodes, look after each; how many there were."""
+    """Strike at these lines or bytecodes, look after each, and return how many there
+    were."""
     stage.restore()
     before = stage.content()
     stage.restore()
@@ -178,7 +179,7 @@ def check_strikes(stage: Stage, numbers: Iterator[int], what: str) -> int:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_5_exception_at_any_line(make_cache: Callable[..., Cache], name: str) -> None:
     """An exception at any line of an operation leaves the lock free, the shard sound,
-    and of each entry what was there before or after the operation."""
+    and each entry as it was before or after the operation."""
     stage = Stage(name, make_cache)
     step = 1 if name in AT_EVERY_LINE else 31 if "repair" in name else 11
     first = 1 if step == 1 else 1 + OPERATIONS.index(name) % step
@@ -203,8 +204,8 @@ def test_5_exception_at_any_bytecode(
 @pytest.mark.counted
 @interpreted_only
 def test_5_others_write_after_an_exception(make_cache: Callable[..., Cache]) -> None:
-    """After an exception at any line of a write, another process can write although
-    the one that was struck does nothing more."""
+    """After an exception at any line of a write, another process can write although the
+    struck process does nothing more."""
     stage = Stage("overwrite", make_cache)
 
     def body(link: Connection) -> None:
@@ -247,7 +248,7 @@ def unlink_and_go(name: str) -> None:
 
 
 def die_attached(name: str) -> None:
-    """A worker that was killed has left its row."""
+    """Leave the row of a worker that was killed."""
 
     def attach_and_die(_: Connection) -> None:
         Cache.attach(name)
@@ -275,8 +276,8 @@ def test_5_exception_while_coming_or_going(
     name: str, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """An exception at any line of creating, attaching, reaping, leaving or removing
-    hinders nobody: others come and go although the process that was struck does
-    nothing more, it can try again, and when it ends nothing is left of it."""
+    hinders no one: others come and go although the struck process does nothing more; it
+    can try again; and when it ends nothing of it is left."""
     act, there = MEMBERSHIP[what]
     home = Path(shmcache.__file__).parent
     files = {str(home / file) for file in Tracer.FILES - {"cache.py"}}
@@ -402,8 +403,8 @@ sys.stdin.read()
 
 @pytest.mark.counted
 def test_5_handlers_that_raise(make_cache: Callable[..., Cache]) -> None:
-    """A process that is struck by many exceptions out of a signal handler, at
-    any point of time, and then does nothing, leaves a cache that others can use."""
+    """A process that is struck by many exceptions from a signal handler, at any moment,
+    and then does nothing, leaves a cache that others can use."""
     cache = make_cache(max_entries=30, max_bytes=16_384, cleanup_interval=300)
     process = start(SIGNALS, "raises", cache.name, str(SIGNALS_THAT_RAISE))
     assert process.stdout.readline() == "end\n", finish(process)
@@ -416,7 +417,7 @@ def test_5_handlers_that_raise(make_cache: Callable[..., Cache]) -> None:
 @pytest.mark.counted
 def test_5_handler_that_uses_the_cache(make_cache: Callable[..., Cache]) -> None:
     """A signal handler may use the cache that it interrupts: compiled, always;
-    interpreted, it is told when it may not; never is there a deadlock."""
+    interpreted, it gets ReentrantCall when it may not. There is never a deadlock."""
     cache = make_cache(max_entries=100, max_bytes=65_536, cleanup_interval=300)
     process = start(SIGNALS, "uses", cache.name, str(SIGNALS_THAT_CALL))
     answer = process.stdout.readline() or finish(process)

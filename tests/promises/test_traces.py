@@ -38,7 +38,7 @@ TRACES = [
 
 
 def folder() -> Path:
-    """Where the traces are; skips if they are nowhere."""
+    """The folder of the traces; the test is skipped if there is none."""
     given = os.environ.get("SHMCACHE_TRACES")
     places = [Path(given)] if given else [p / "shared/traces" for p in HERE.parents]
     for place in places:
@@ -51,7 +51,7 @@ def folder() -> Path:
 
 
 def accesses(path: Path) -> Iterator[int]:
-    """The numbers of the objects, in the order in which they were asked for."""
+    """The numbers of the objects, in the order of the requests."""
     if path.suffix == ".xz":
         with lzma.open(path) as file:
             while piece := file.read(4 * 8192):
@@ -64,14 +64,15 @@ def accesses(path: Path) -> Iterator[int]:
 
 
 def skewed() -> Iterator[int]:
-    """Few objects are asked for often, many rarely; which ones changes slowly."""
+    """Few objects are requested often, and many rarely; which ones are popular changes
+    slowly."""
     random = Random(1)
     for n in itertools.count():
         yield int(random.paretovariate(0.6)) % 50_000 + n // 500
 
 
 def loops() -> Iterator[int]:
-    """Walks around in circles of several sizes: what an LRU is worst at."""
+    """Walks in circles of several sizes, which is the worst case of an LRU."""
     random = Random(2)
     while True:
         first, size = random.randrange(30_000), random.choice([30, 60, 900, 1_200])
@@ -83,13 +84,14 @@ MADE = {"skewed": skewed, "loops": loops}
 
 
 def trace_of(name: str) -> list[int]:
-    """The first accesses of a trace; skips if it is a real one and not here."""
+    """The first accesses of a trace; the test is skipped if it is a real one and not
+    here."""
     numbers = MADE[name]() if name in MADE else accesses(folder() / name)
     return list(islice(numbers, ACCESSES))
 
 
 def reference(trace: list[int], capacity: int) -> list[bool]:
-    """Which accesses an exact LRU of this capacity has in stock."""
+    """For each access, whether an exact LRU of this capacity hits."""
     stock: OrderedDict[int, None] = OrderedDict()
     hits = []
     for number in trace:
@@ -128,7 +130,7 @@ def test_hits_are_those_of_an_lru(
 
 
 def test_a_trace_is_read_as_it_was_written() -> None:
-    """The readers find the numbers that their formats' description promises."""
+    """The readers find the numbers that the formats' descriptions promise."""
     place = folder()
     assert list(islice(accesses(place / "web07.trace.xz"), 5)) == [0, 1, 2, 0, 1]
     assert list(islice(accesses(place / "multi3.trace.gz"), 3)) == [0, 1, 2]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def test_11_files_are_for_their_owner_only(make_cache: Callable[..., Cache]) -> None:
-    """Segment, lease file and semaphores have mode 600, whatever the umask."""
+    """Segment, lock file and semaphores have mode 600, whatever the umask."""
     umask = os.umask(0)
     try:
         cache = make_cache(max_entries=10, shards=3)
@@ -35,7 +35,7 @@ def test_11_files_are_for_their_owner_only(make_cache: Callable[..., Cache]) -> 
 
 
 class Bomb:
-    """An object whose pickle says that it was loaded."""
+    """An object whose pickle counts each time it is loaded."""
 
     loaded = 0
 
@@ -51,7 +51,8 @@ class Bomb:
 
 
 def test_11_no_pickle_unless_asked_by_name(make_cache: Callable[..., Cache]) -> None:
-    """A segment that says "pickle" is attached to only by those who say it, too."""
+    """A segment with the codec "pickle" serves only those that ask for "pickle" by
+    name."""
     cache = make_cache(max_entries=10, codec="pickle")
     cache["bomb"] = Bomb()
     with pytest.raises(ConfigMismatch, match="codec is 'pickle' but asked for 'msgp"):
@@ -81,7 +82,7 @@ def test_11_no_pickle_unless_asked_by_name(make_cache: Callable[..., Cache]) -> 
 
 @pytest.mark.damaged
 def test_11_codec_changed_in_the_segment(make_cache: Callable[..., Cache]) -> None:
-    """Who writes "pickle" into the header of a segment gets nobody to load pickles."""
+    """A header that was changed to say "pickle" makes no process load pickles."""
     cache = make_cache(max_entries=10, codec="msgpack")
     cache["list"] = [pickle.dumps(Bomb())]
     cache._attachment.block.view[L.CODEC_AT : L.CODEC_AT + 7] = b"\x06pickle"
@@ -126,8 +127,8 @@ HOSTILE = {
 @pytest.mark.damaged
 @pytest.mark.parametrize("bomb", HOSTILE)
 def test_11_hostile_msgpack(make_cache: Callable[..., Cache], bomb: str) -> None:
-    """Bytes in a segment that claim billions of elements, or endless depth, are
-    SegmentCorrupt, and cost no more memory than they have bytes."""
+    """Bytes that claim billions of elements, or endless depth, raise SegmentCorrupt,
+    and cost no more memory than they have bytes."""
     cache = make_cache(max_entries=10, max_bytes=1 << 20, codec="msgpack")
     plant(cache, "bomb", HOSTILE[bomb])
 
@@ -151,7 +152,7 @@ def test_11_hostile_msgpack(make_cache: Callable[..., Cache], bomb: str) -> None
 
 
 def plant(cache: Cache, key: str, data: bytes) -> None:
-    """Store bytes as if the cache's codec had made them."""
+    """Store bytes as if the cache's codec had produced them."""
     # The bytes and a tag of their own; then the tag is made the codec's.
     cache[key] = data
     words = cache._attachment.block.view.cast("I")

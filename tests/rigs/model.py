@@ -1,8 +1,8 @@
 """The cache against a plain model: an OrderedDict, a fake clock, and arithmetic.
 
-The model knows nothing of slots, wheels or touch buffers.  It knows that an entry
-takes whole blocks, that what has expired is not there, and who goes when room is
-needed.  Hypothesis writes the histories; after each step the independent checker
+The model knows nothing of slots, wheels or recency buffers.  It knows that an entry
+takes whole blocks, that what has expired is not there, and which entry goes when room
+is needed.  Hypothesis writes the histories; after each step the independent checker
 looks at the segment.
 """
 
@@ -72,7 +72,7 @@ def ttl_ns(ttl: float | None) -> int:
 
 @dataclass
 class Entry:
-    """What the model knows of an entry."""
+    """The state of an entry, as the model knows it."""
 
     value: Any
     blocks: int
@@ -83,7 +83,7 @@ class Entry:
 
 @dataclass
 class Config:
-    """Settings of a cache, and what follows from them."""
+    """The settings of a cache, and what follows from them."""
 
     max_entries: int
     max_bytes: int
@@ -93,7 +93,7 @@ class Config:
 
     @property
     def geometry(self) -> fmt.Geometry:
-        """The plan that the engine follows."""
+        """The plan of the segment, which the engine follows."""
         return fmt.plan_for(self.max_entries, self.max_bytes, self.shards)
 
     @property
@@ -103,7 +103,7 @@ class Config:
 
 
 class Model:
-    """A bounded LRU + TTL map, as plain as can be."""
+    """A bounded LRU + TTL map, as plain as possible."""
 
     def __init__(self, config: Config, clock: Clock) -> None:
         self.config = config
@@ -119,7 +119,7 @@ class Model:
         )
 
     def purge(self) -> None:
-        """Drop what has expired."""
+        """Drop entries that have expired."""
         for key, entry in list(self.entries.items()):
             if entry.expires is not None and entry.expires <= self.clock.ns:
                 del self.entries[key]
@@ -141,18 +141,18 @@ class Model:
         return value
 
     def renew(self, key: Any) -> None:
-        """In a sliding cache an entry's time begins anew."""
+        """In a sliding cache, give an entry its TTL anew."""
         entry = self.entries[key]
         if self.config.sliding and entry.expires is not None:
             entry.expires = max(entry.expires, self.clock.ns + entry.ttl)
 
     def expiry(self, ttl: float | None) -> tuple[int | None, int]:
-        """When an entry written now with a TTL expires, and the TTL in ns."""
+        """The expiry of an entry that is written now with a TTL, and the TTL in ns."""
         ns = ttl_ns(self.config.ttl if ttl is LEFT_OUT else ttl)
         return (self.clock.ns + ns if ns else None), ns
 
     def need(self, key: Any, value: Any) -> int:
-        """Blocks of an entry."""
+        """The number of blocks that an entry needs."""
         return max(1, -(-(key_size(key) + value_size(value)) // self.block_size))
 
     def fits(self, key: Any, value: Any, *, count: int = 1) -> bool:
@@ -183,7 +183,7 @@ class Model:
         self.count["sets"] += 1
 
     def make_room(self, key: Any, need: int) -> None:
-        """Old and new are there together for an instant, if they can be at all."""
+        """Evict until old and new fit together, if they can at all."""
         if key not in self.entries:
             while len(self.entries) >= self.capacity:
                 self.evict(key)
@@ -195,17 +195,17 @@ class Model:
                 self.evict(key)
 
     def evict(self, keep: Any) -> None:
-        """The least recently used goes, but not the one that is overwritten."""
+        """Evict the least recently used entry, but not the one that is overwritten."""
         del self.entries[next(key for key in self.entries if key != keep)]
         self.count["CAPACITY"] += 1
 
     @property
     def used(self) -> int:
-        """Blocks in use."""
+        """The number of blocks in use."""
         return sum(entry.blocks for entry in self.entries.values())
 
     def drop(self, key: Any) -> Any:
-        """Take an entry out; its value."""
+        """Take an entry out and return its value."""
         value = self.look(key)
         if value is not MISSING:
             del self.entries[key]
@@ -229,7 +229,7 @@ CONFIGS = st.builds(
 
 
 class OneShard(RuleBasedStateMachine):
-    """All operations on one shard, where everything is known, the order included."""
+    """All operations on one shard, where everything is known, also the order of use."""
 
     configs: ClassVar[st.SearchStrategy[Config]] = CONFIGS
     new_name: ClassVar[Callable[[], str]]
@@ -247,12 +247,12 @@ class OneShard(RuleBasedStateMachine):
         self.tokens: list[tuple[Any, int, int]] = []
 
     def open(self) -> list[Cache]:
-        """Two Cache objects on the same segment."""
+        """Open two Cache objects on the same segment."""
         settings = self.model.config.settings
         return [Cache(self.name, clock=self.clock, **settings) for _ in range(2)]
 
     def teardown(self) -> None:
-        """What is left comes out in the order of use; then all is removed."""
+        """Take out what is left, in the order of use; then remove everything."""
         if not hasattr(self, "handles"):
             return
         try:
@@ -264,7 +264,7 @@ class OneShard(RuleBasedStateMachine):
                 cache.close()
 
     def in_the_end(self) -> None:
-        """Sizes are exact after a sweep, and popitem goes by age."""
+        """After a sweep the sizes are exact, and popitem() goes by age."""
         self.model.purge()
         self.cache.sweep()
         stats = self.cache.stats()
@@ -297,12 +297,12 @@ class OneShard(RuleBasedStateMachine):
 
     @rule(ns=st.sampled_from([1, 10**3, 1 << 20, 50 * 10**6, 10**9, 10**11, 10**15]))
     def time_goes_by(self, ns: int) -> None:
-        """The clock moves on."""
+        """Move the clock on."""
         self.clock.ns += ns
 
     @rule(before=st.sampled_from([0, 0, 1]))
     def time_goes_by_to_an_expiry(self, before: int) -> None:
-        """The clock moves to the moment at which an entry expires, or just before."""
+        """Move the clock to the moment at which an entry expires, or just before it."""
         self.model.purge()
         due = [e.expires for e in self.model.entries.values() if e.expires is not None]
         if due:
@@ -315,7 +315,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """All close; the segment persists, and is repaired as it is found again."""
+        """Close all; the segment persists, and is repaired when it is found again."""
         for cache in self.handles:
             cache.close()
         self.handles = self.open()
@@ -330,7 +330,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule(key=keys, times=st.integers(2, 100))
     def get_often(self, key: Any, times: int) -> None:
-        """Hits of two entries in turn, more than a touch buffer holds."""
+        """Hit two entries in turn, more often than a recency buffer holds."""
         for i in range(times):
             each = key if i % 2 else "a"
             assert self.cache.get(each, MISSING) == self.model.use(each)
@@ -347,7 +347,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule(key=keys)
     def gets(self, key: Any) -> None:
-        """The value, and a token to keep."""
+        """The value is returned, with a token to keep."""
         value, token = self.cache.gets(key)
         expected = self.model.use(key)
         if expected is MISSING:
@@ -373,7 +373,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule()
     def look_at_all(self) -> None:
-        """Iteration meets what lives, each once."""
+        """Iteration meets each live entry once."""
         self.model.purge()
         expected = [(k, e.value) for k, e in self.model.entries.items()]
         assert sorted(self.cache.items(), key=repr) == sorted(expected, key=repr)
@@ -395,19 +395,19 @@ class OneShard(RuleBasedStateMachine):
 
     @rule(key=keys, value=values, ttl=ttls)
     def set(self, key: Any, value: str, ttl: Any) -> None:
-        """Whatever is there, the value is stored."""
+        """The value is stored, whatever is there."""
         new = VALUES[value]
         self.stored(lambda: self.cache.set(key, new, ttl), key, new, ttl)
 
     @rule(key=keys, value=values, ttl=ttls)
     def add(self, key: Any, value: str, ttl: Any) -> None:
-        """It is stored if nothing was there."""
+        """The value is stored if nothing was there."""
         good = self.model.look(key) is MISSING
         self.store_if(good, lambda new: self.cache.add(key, new, ttl), key, value, ttl)
 
     @rule(key=keys, value=values, ttl=ttls)
     def replace(self, key: Any, value: str, ttl: Any) -> None:
-        """It is stored if something was there."""
+        """The value is stored if something was there."""
         good = self.model.look(key) is not MISSING
         self.store_if(
             good, lambda new: self.cache.replace(key, new, ttl), key, value, ttl
@@ -415,7 +415,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 100), value=values, ttl=ttls)
     def cas(self, which: int, value: str, ttl: Any) -> None:
-        """It is stored if the version is still that of the token."""
+        """The value is stored if the version is still that of the token."""
         if not self.tokens:
             return
         key, token, serial = self.tokens[which % len(self.tokens)]
@@ -438,7 +438,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule(some=st.dictionaries(keys, values, max_size=5), ttl=ttls)
     def set_many(self, some: dict[Any, str], ttl: Any) -> None:
-        """All that fit are stored, one after the other."""
+        """All entries that fit are stored, one after the other."""
         pairs = {key: VALUES[value] for key, value in some.items()}
         pairs = {k: v for k, v in pairs.items() if self.model.fits(k, v, count=0)}
         for key, value in pairs.items():
@@ -448,7 +448,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule(key=keys, value=values, ttl=ttls, how=st.sampled_from(["get_or", "default"]))
     def get_or_set(self, key: Any, value: str, ttl: Any, how: str) -> None:
-        """What is there, or else what is now stored."""
+        """The value that is there is returned, or else the new one is stored."""
         present, new = self.model.use(key), VALUES[value]
 
         def call() -> Any:
@@ -468,7 +468,7 @@ class OneShard(RuleBasedStateMachine):
         ttl=ttls,
     )
     def incr(self, key: Any, delta: Any, initial: Any, ttl: Any) -> None:
-        """Numbers grow, what is absent begins, and the rest is refused."""
+        """Numbers grow, an absent one begins, and other values are refused."""
 
         def call() -> Any:
             return self.cache.incr(key, delta, initial=initial, ttl=ttl)
@@ -498,7 +498,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule(key=keys, ttl=ttls)
     def touch(self, key: Any, ttl: Any) -> None:
-        """New time, and a use."""
+        """The entry gets a new expiry, and counts as used."""
         self.model.purge()
         there = key in self.model.entries
         assert self.cache.touch(key, ttl) is there
@@ -511,7 +511,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule(key=keys, how=st.sampled_from(["delete", "pop", "del", "many"]))
     def remove(self, key: Any, how: str) -> None:
-        """It goes once."""
+        """The entry is removed once."""
         value = self.model.drop(key)
         there = value is not MISSING
         if how == "delete":
@@ -528,7 +528,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule()
     def popitem(self) -> None:
-        """The oldest goes."""
+        """The oldest entry is removed."""
         self.model.purge()
         if not self.model.entries:
             with pytest.raises(KeyError):
@@ -545,7 +545,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule(prefix=st.sampled_from([None, "", "k", "a", b"", (), ("t",), ("t", 2)]))
     def clear(self, prefix: Any) -> None:
-        """All go, or those whose key begins so."""
+        """All entries are removed, or those whose key begins with the prefix."""
         self.model.purge()
         gone = [
             key
@@ -559,7 +559,7 @@ class OneShard(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        """Nothing that has expired is left, and nothing else goes."""
+        """Nothing that has expired is left, and nothing else is removed."""
         self.model.purge()
         self.cache.sweep()
         stats = self.cache.stats()
@@ -568,7 +568,8 @@ class OneShard(RuleBasedStateMachine):
 
 
 class ManyShards(OneShard):
-    """The same over several shards, where the model learns from the cache who went."""
+    """All operations on several shards, where the model asks the cache which entries
+    went."""
 
     configs: ClassVar[st.SearchStrategy[Config]] = st.builds(
         Config,
@@ -607,7 +608,7 @@ class ManyShards(OneShard):
         return self.popped[0]
 
     def in_the_end(self) -> None:
-        """All comes out."""
+        """After a sweep all entries come out, in any order."""
         self.sweep()
         popped = [self.cache.popitem() for _ in range(len(self.cache))]
         expected = [(k, e.value) for k, e in self.model.entries.items()]

@@ -2,12 +2,12 @@
 
 Each worker has keys of its own, so that a ledger can say exactly what must be there:
 it notes what it is about to do, does it, and notes that it was done, in memory that
-outlives it.  Who takes a dead worker's place first compares.  Values carry their key,
-their number and a filling that follows from both, so every reader recognizes a torn
-or foreign one.
+outlives it.  The worker that takes a dead one's place first compares.  Values carry
+their key, their number and a filling that follows from both, so every reader
+recognizes a torn or foreign one.
 
-Run as a program it is the judge and the zygote of the workers; the last line that it
-prints is a JSON object of what happened.
+Run as a program, this module is the judge and the zygote of the workers; the last line
+that it prints is a JSON object of what happened.
 """
 
 from __future__ import annotations
@@ -56,14 +56,15 @@ class Violation(Exception):
 
 
 def payload(key: str, number: int) -> bytes:
-    """The value of a key, the number-th of it; no other is like it."""
+    """The value of a key with a number; no other value is like it."""
     seed = blake2b(f"{key} {number}".encode(), digest_size=16).digest()
     size = SIZES[seed[0] % len(SIZES)]
     return f"{key} {number} ".encode() + (seed * (size // 16 + 1))[:size]
 
 
 def number_of(key: str, value: Any) -> int:
-    """The number of a key's value; Violation unless it is that value, byte for byte."""
+    """The number of a value of a key; Violation if it is not that value, byte for
+    byte."""
     try:
         name, number, _ = value.split(b" ", 2)
         if name.decode() == key and value == payload(key, int(number)):
@@ -74,7 +75,7 @@ def number_of(key: str, value: Any) -> int:
 
 
 class Page:
-    """One worker's part of the ledger, in memory that outlives it."""
+    """The part of the ledger of one worker, in memory that outlives it."""
 
     SIZE = 2 * KEYS + 16
 
@@ -88,7 +89,8 @@ class Page:
     )
 
     def expected(self, key: int) -> set[int]:
-        """What may be there: as was noted last, or what was about to happen."""
+        """What may be there: the state noted last, or the one that was about to
+        come."""
         return {self.words[self.DONE + key], self.words[self.INTENT + key]}
 
 
@@ -146,7 +148,7 @@ class Worker:
         self.words[Page.OWN_DONE] = self.words[Page.OWN_INTENT] = value
 
     def change(self, key: int, what: int, act: Callable[[str, bytes], Any]) -> None:
-        """Note, do, note."""
+        """Note an intent, act, and note that it was done."""
         number = next(self.numbers)
         entry = number << 2 | what
         value = payload(self.names[key], number)
@@ -326,7 +328,8 @@ class Storm:
             os._exit(1)
 
     def inside(self) -> list[int]:
-        """Who holds a lock at this moment, seen by a glance at the holders' words."""
+        """The worker that holds a lock at this moment, by one look at the holder
+        words."""
         words = self.cache._attachment.words
         holders = [self.cache._words_of(s) + L.S_HOLDER for s in range(self.shards)]
         for _ in range(3_000):
@@ -352,7 +355,7 @@ class Storm:
             words[Page.SHARED_INTENT] = words[Page.SHARED_DONE]
 
     def progress(self, slots: list[int]) -> None:
-        """Wait until some workers have got on by some operations."""
+        """Wait until some workers have done some more operations."""
         before = [page.words[Page.OPERATIONS] for page in self.pages]
         deadline = time.monotonic() + PATIENCE
         for slot in slots:
@@ -380,7 +383,7 @@ class Storm:
             raise Violation(f"{len(self.cache)} entries, met {len(list(self.cache))}")
 
     def rage(self) -> dict[str, Any]:
-        """Kill as often as was asked for; what happened."""
+        """Kill as often as was asked for, and return what happened."""
         everybody = list(range(WORKERS))
         for slot in everybody:
             self.start(slot)
