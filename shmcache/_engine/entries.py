@@ -100,6 +100,7 @@ class Entries(Wheel):
     # --- finding --------------------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _find(self, b: Index, h32: Word, kind: cython.uint, key: bytes) -> Index:
         # The slot of a key, or 0.
@@ -123,6 +124,7 @@ class Entries(Wheel):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _find_live(
         self, b: Index, h: Word, kind: cython.uint, key: bytes, now: Word
@@ -135,6 +137,7 @@ class Entries(Wheel):
         return slot
 
     @cython.cfunc
+    @cython.final
     def _key(self, b: Index, v: Index) -> bytes:
         # The key of a live entry, for callers that did not come with it.  Its hash must
         # agree.
@@ -148,6 +151,7 @@ class Entries(Wheel):
         return key
 
     @cython.cfunc
+    @cython.final
     def _value(self, b: Index, slot: Index, h: Word) -> bytes:
         # The value of a live entry.  Its checksum must agree.
         r: Index = 2 * self._record(b, slot)
@@ -163,6 +167,7 @@ class Entries(Wheel):
         return data
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _blocks_of(self, b: Index, slot: Index) -> Index:
         # How many blocks an entry takes.
@@ -172,6 +177,7 @@ class Entries(Wheel):
     # --- going ----------------------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _unlink(self, b: Index, slot: Index, cause: Index, now: Word) -> cython.int:
         # Take an entry out: its version first, and then all that refers to it.
@@ -202,6 +208,7 @@ class Entries(Wheel):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _log_eviction(self, b: Index, r: Index, cause: Index) -> cython.int:
         # The lock is held, so the log is written later: see _release in lock.py.
@@ -214,6 +221,7 @@ class Entries(Wheel):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _count_age(self, b: Index, age: Word) -> cython.int:
         i: Index
@@ -225,6 +233,7 @@ class Entries(Wheel):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _post_message(self, b: Index, r: Index, cause: Index) -> cython.int:
         # Tell the owner of the handle that this record stands for.  The head is stored
@@ -246,6 +255,7 @@ class Entries(Wheel):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _reclaim(
         self, b: Index, now: Word, limit: Index, thorough: cython.bint
@@ -294,6 +304,7 @@ class Entries(Wheel):
         return removed
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-2)
     def _turn_wheel(self, b: Index, now: Word) -> Index:
         # Turn the wheel to the list that is due first, and return the number of that
@@ -320,6 +331,7 @@ class Entries(Wheel):
         return number
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _evict(self, b: Index, now: Word, keep: Index) -> cython.bint:
         # Make room by at least one entry: expired ones first, else the least recently
@@ -342,6 +354,7 @@ class Entries(Wheel):
     # --- coming ---------------------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _store(
         self,
@@ -399,6 +412,7 @@ class Entries(Wheel):
         return version
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _make_room(
         self, s: Index, b: Index, old: Index, need: Index, now: Word
@@ -432,6 +446,7 @@ class Entries(Wheel):
     # REDO_SLOT was stored, nothing of the entry has been changed.
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _begin_rewrite(
         self, b: Index, slot: Index, data: bytes, checksum32: cython.uint
@@ -449,6 +464,7 @@ class Entries(Wheel):
         return version
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _finish_rewrite(self, b: Index, slot: Index, data: bytes) -> cython.int:
         v: Index = self._record(b, slot)
@@ -465,6 +481,7 @@ class Entries(Wheel):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _redo(self, b: Index) -> cython.int:
         # Finish what a dead writer began; nothing if the words make no sense.

@@ -76,6 +76,7 @@ class InFlight(Steps):
         self._free_pairs(s, token, 0, True)
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _free_pairs(
         self, s: Index, token: Word, h: Word, any_key: cython.bint

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 else:
     from shmcache._format import shim as cython
 
-if cython.compiled:
-    from cython.cimports.shmcache._engine.memory import write_fence
 if not cython.compiled:
     from shmcache._engine.constants import (
         F_CHAIN,
@@ -37,6 +35,10 @@ if not cython.compiled:
     from shmcache._engine.words import Corrupt, Words
 
 
+if cython.compiled:
+    from cython.cimports.shmcache._engine.memory import write_fence
+
+
 @cython.cclass
 class Lists(Words):
     """The linked lists of a shard."""
@@ -44,6 +46,7 @@ class Lists(Words):
     # --- hash chains ----------------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _chain_insert(self, b: Index, slot: Index, h32: Word) -> cython.int:
         # At the head: of two records of one key a reader meets the newer one first.
@@ -55,6 +58,7 @@ class Lists(Words):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _chain_remove(self, b: Index, slot: Index) -> cython.int:
         r: Index = 2 * self._record(b, slot)
@@ -73,6 +77,7 @@ class Lists(Words):
     # --- the LRU ring ---------------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _lru_remove(self, b: Index, slot: Index) -> cython.int:
         r: Index = 2 * self._record(b, slot)
@@ -89,6 +94,7 @@ class Lists(Words):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _lru_front(self, b: Index, slot: Index) -> cython.int:
         sentinel: Index = 2 * self._record(b, 0)
@@ -103,6 +109,7 @@ class Lists(Words):
     # --- slots and blocks -----------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _take_slot(self, b: Index) -> Index:
         # The slot that was freed last, which is still in the CPU's cache; else a fresh
@@ -118,6 +125,7 @@ class Lists(Words):
         return slot
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _give_slot(self, b: Index, slot: Index) -> cython.int:
         self.w32[2 * self._record(b, slot) + F_CHAIN] = cython.cast(
@@ -127,6 +135,7 @@ class Lists(Words):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _take_blocks(self, b: Index, n: Index) -> Index:
         # The first block of a run of n, whose last link is 0; the caller has made sure
@@ -161,6 +170,7 @@ class Lists(Words):
         return first
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _give_blocks(self, b: Index, first: Index, n: Index) -> cython.int:
         # Put a run of n blocks at the head of the free list.
@@ -181,6 +191,7 @@ class Lists(Words):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _blocks_left(self, b: Index) -> Index:

@@ -39,22 +39,6 @@ if TYPE_CHECKING:
 else:
     from shmcache._format import shim as cython
 
-if cython.compiled:
-    from cython.cimports.cpython.bytes import PyBytes_AS_STRING
-    from cython.cimports.cpython.exc import PyErr_CheckSignals
-    from cython.cimports.shmcache._engine.memory import (
-        cas,
-        has_left,
-        load,
-        on_exit,
-        pause,
-        sem_close,
-        sem_open,
-        sem_post,
-        sem_try,
-        sem_value,
-        sem_wait,
-    )
 if not cython.compiled:
     from shmcache._engine.constants import (
         LOOK_NS,
@@ -74,6 +58,23 @@ if not cython.compiled:
     )
     from shmcache._engine.rebuild import Rebuild
 
+
+if cython.compiled:
+    from cython.cimports.cpython.bytes import PyBytes_AS_STRING
+    from cython.cimports.cpython.exc import PyErr_CheckSignals
+    from cython.cimports.shmcache._engine.memory import (
+        cas,
+        has_left,
+        load,
+        on_exit,
+        pause,
+        sem_close,
+        sem_open,
+        sem_post,
+        sem_try,
+        sem_value,
+        sem_wait,
+    )
 
 if not cython.compiled:
     from signal import SIG_BLOCK, SIG_SETMASK, pthread_sigmask, valid_signals
@@ -212,6 +213,7 @@ class Lock(Rebuild):
     # --- the fast way in and out ----------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _begin(self, s: Index, b: Index) -> cython.int:
@@ -222,6 +224,7 @@ class Lock(Rebuild):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _start(self, s: Index, b: Index) -> cython.int:
@@ -238,6 +241,7 @@ class Lock(Rebuild):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _end(self, s: Index, b: Index) -> cython.int:
@@ -247,6 +251,7 @@ class Lock(Rebuild):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _abort(self, s: Index, b: Index, error: Any) -> cython.int:
         # Leave the write section after an exception.  If that was damage (an index out
@@ -270,6 +275,7 @@ class Lock(Rebuild):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _acquire(self, s: Index, b: Index) -> cython.int:
@@ -281,6 +287,7 @@ class Lock(Rebuild):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _release(self, s: Index, b: Index) -> cython.int:
@@ -291,6 +298,7 @@ class Lock(Rebuild):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _try_acquire(self, s: Index, b: Index) -> cython.bint:
@@ -304,6 +312,7 @@ class Lock(Rebuild):
         return self._take_permit(s, 0) and self._hold_interpreted(s, b)
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _post(self, s: Index) -> cython.int:
@@ -344,6 +353,7 @@ class Lock(Rebuild):
     # --- the slow way in ------------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _wait(self, s: Index, b: Index, patient: cython.bint) -> cython.bint:
         # Spin a little, then sleep; from time to time look at the holder.  With
@@ -396,6 +406,7 @@ class Lock(Rebuild):
                 )
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _spin(self, s: Index, b: Index) -> cython.bint:
         # Compiled: look at a busy lock for about 2 us before sleeping.
@@ -408,6 +419,7 @@ class Lock(Rebuild):
         return False
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-2)
     def _sleep(self, s: Index) -> cython.int:
         # Wait a while for a permit: 1, we have it; 0, no; -1, a signal came.
@@ -430,6 +442,7 @@ class Lock(Rebuild):
             pthread_sigmask(SIG_SETMASK, before)
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _require_open_after_sleep(self, s: Index, got: cython.int) -> cython.int:
         # Another thread may have closed the cache meanwhile; then the permit, if we
@@ -443,6 +456,7 @@ class Lock(Rebuild):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _count_wait(self, b: Index, started: Word) -> cython.int:
         i: Index
@@ -458,6 +472,7 @@ class Lock(Rebuild):
     # --- taking over ----------------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _take_over(
         self, s: Index, b: Index, holder: Word, nobody: cython.bint
@@ -475,6 +490,7 @@ class Lock(Rebuild):
         return True
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _replace_holder(self, s: Index, b: Index, holder: Word) -> cython.bint:
         # Become the holder in place of another one (0: nobody), unless it has changed.
@@ -492,6 +508,7 @@ class Lock(Rebuild):
             return True
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _permit_is_gone(self, s: Index) -> cython.bint:
         if cython.compiled:
@@ -499,6 +516,7 @@ class Lock(Rebuild):
         return self.pysems[s].value == 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _rebuild_and_log(self, s: Index, b: Index, dead: Word) -> cython.int:
         # With the lock held: rebuild what a holder left half done, and note the facts.
@@ -546,6 +564,7 @@ class Lock(Rebuild):
                 self._release(s, b)
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _report(self) -> cython.int:
         # Hand over what was noted while a lock was held; it has been given back.

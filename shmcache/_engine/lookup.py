@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 else:
     from shmcache._format import shim as cython
 
-if cython.compiled:
-    from cython.cimports.shmcache._engine.memory import cas, pause
 if not cython.compiled:
     from shmcache._engine.constants import (
         ATTEMPTS,
@@ -58,9 +56,12 @@ if not cython.compiled:
         Word,
     )
     from shmcache._engine.lock import Lock
-    from shmcache._engine.words import MISSING, MOVED, UNSURE, key_bytes, unpack_ttl
+    from shmcache._engine.words import ABSENT, MOVED, UNSURE, key_bytes, unpack_ttl
     from shmcache._format.fields import is_live, make_meta, tag_of
     from shmcache._format.values import decode_tagged
+
+if cython.compiled:
+    from cython.cimports.shmcache._engine.memory import cas, pause
 
 
 @cython.cclass
@@ -73,6 +74,7 @@ class Lookup(Lock):
     sliding: cython.bint
 
     @cython.cfunc
+    @cython.final
     def _lookup(self, key: Any, mode: cython.int) -> Any:
         # The value of a key, or True if the value is not wanted; MISSING when absent.
         self._require_joined()
@@ -80,14 +82,13 @@ class Lookup(Lock):
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
         if cython.compiled:
-            value = self._read_optimistic(s, b, h, kind, kb, mode, False)
-            if value is not UNSURE:
-                return value
+            return self._read_optimistic(s, b, h, kind, kb, mode, False)
         return self._read_locked(s, b, h, kind, kb, mode)
 
     # --- without the lock -----------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     def _read_optimistic(
         self,
         s: Index,
@@ -98,9 +99,10 @@ class Lookup(Lock):
         mode: cython.int,
         stuck: cython.bint,
     ) -> Any:
-        # UNSURE when the lock must tell: the shard is too busy, the entry has expired
-        # (and must go), or damage was met.  ``stuck`` says that the writer inside the
-        # shard stands still; then an expired entry counts as missing.
+        # The lock must tell if the shard is too busy, the entry has expired (and must
+        # go), or damage was met.  ``stuck`` says that the lock is not to be had,
+        # because the writer inside the shard stands still; then an expired entry counts
+        # as missing, and the result may be UNSURE.
         cython.declare(_attempt=cython.int, slot=Index, version=Word)
         try:
             for _attempt in range(ATTEMPTS):
@@ -108,20 +110,26 @@ class Lookup(Lock):
                 if slot == 0:
                     if mode & COUNTS_AS_USE:
                         self.w64[self.row + R_MISSES] += 1
-                    return MISSING
+                    return ABSENT
                 if slot > 0:
                     value = self._take_copy(
                         s, b, h & MASK32, kb, slot, version, mode, stuck
                     )
+                    if value is UNSURE:
+                        break
                     if value is not MOVED:
                         return value
                 elif cython.compiled:
                     pause()
         except IndexError:
             self._require_joined()  # another thread may have closed the cache
-        return UNSURE
+        if stuck:
+            return UNSURE
+        return self._read_locked(s, b, h, kind, kb, mode)
 
     @cython.cfunc
+    @cython.final
+    @cython.inline
     def _walk_optimistic(
         self, b: Index, h32: Word, kind: cython.uint, kb: bytes, stuck: cython.bint
     ) -> tuple[Index, Word]:
@@ -157,6 +165,8 @@ class Lookup(Lock):
         return -1, 0
 
     @cython.cfunc
+    @cython.final
+    @cython.inline
     def _take_copy(
         self,
         s: Index,
@@ -192,7 +202,7 @@ class Lookup(Lock):
             if checksum32 != self._checksum(data, h32, tag):
                 return UNSURE
         if expires != NEVER and not self._is_alive(v, expires, mode):
-            return MISSING if stuck else UNSURE
+            return ABSENT if stuck else UNSURE
         if mode & COUNTS_AS_USE:
             self.w64[self.row + R_HITS] += 1
             self._remember_use(s, b, slot, version)
@@ -205,6 +215,7 @@ class Lookup(Lock):
         return decode_tagged(self.codec, tag, data)
 
     @cython.cfunc
+    @cython.final
     def _decode(self, data: bytes) -> Any:
         # Most values go to msgpack without a detour.
         if self.fast_unpack and len(data) and data[0] != RICH_BYTE:
@@ -215,6 +226,7 @@ class Lookup(Lock):
         return self.decode(data)
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _is_alive(self, v: Index, expires: Word, mode: cython.int) -> cython.bint:
         # Whether an entry with an expiry lives.  In a sliding cache a use renews it.
@@ -235,6 +247,7 @@ class Lookup(Lock):
         return True
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _remember_use(
         self, s: Index, b: Index, slot: Index, version: Word
@@ -264,6 +277,7 @@ class Lookup(Lock):
     # --- under the lock -------------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     def _read_locked(
         self,
         s: Index,
@@ -296,12 +310,13 @@ class Lookup(Lock):
             raise
         self._end(s, b)
         if slot == 0:
-            return MISSING
+            return ABSENT
         if not mode & WANTS_VALUE:
             return True
         return decode_tagged(self.codec, tag, data)
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _count_lookup(self, b: Index, slot: Index) -> cython.int:
         # A hit (with its effects) or, for slot 0, a miss, under the lock.

@@ -32,7 +32,7 @@ if not cython.compiled:
         Word,
     )
     from shmcache._engine.in_flight import InFlight
-    from shmcache._engine.words import MISSING, Corrupt, key_bytes, word_of
+    from shmcache._engine.words import ABSENT, Corrupt, key_bytes, word_of
 
 
 @cython.cclass
@@ -72,7 +72,7 @@ class Mailbox(InFlight):
 
     def _renew(self, key: Any) -> bool:
         """Use an entry without reading its value; whether it is there.  O(1)."""
-        return self._lookup(key, COUNTS_AS_USE) is not MISSING
+        return self._lookup(key, COUNTS_AS_USE) is not ABSENT
 
     def _discard(self, key: Any, owner: int, number: int, cause: int) -> bool:
         """Remove the entry of a handle if it belongs to this owner.  O(1).

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 else:
     from shmcache._format import shim as cython
 
-if cython.compiled:
-    from cython.cimports.cpython.bytes import (
-        PyBytes_AS_STRING,
-        PyBytes_FromStringAndSize,
-    )
 if not cython.compiled:
     from shmcache._engine.constants import (
         F64_EXPIRES,
@@ -42,6 +37,13 @@ if not cython.compiled:
     from shmcache._engine.words import key_bytes, pack_ttl, unpack_ttl
     from shmcache._format.fields import tag_of
     from shmcache._format.values import FLOAT64, INT64
+
+
+if cython.compiled:
+    from cython.cimports.cpython.bytes import (
+        PyBytes_AS_STRING,
+        PyBytes_FromStringAndSize,
+    )
 
 
 @cython.cfunc
@@ -106,6 +108,7 @@ class Numbers(Mailbox):
     """Adding to a number."""
 
     @cython.cfunc
+    @cython.final
     def _add(self, key: Any, delta: Any, initial: Any, ttl: Any) -> Any:
         # Add to a number, and return the sum: see incr in operations.py.
         self._require_joined()
@@ -142,7 +145,10 @@ class Numbers(Mailbox):
             self._refuse_number(key, slot, number)
         return number
 
-    def _require_numbers(self, delta: Any, initial: Any) -> None:
+    @cython.cfunc
+    @cython.final
+    @cython.exceptval(-1)
+    def _require_numbers(self, delta: Any, initial: Any) -> cython.int:
         if self.raw_only:
             raise UnsupportedValue(
                 'codec "raw" holds bytes only, so incr() has no number to add to;'
@@ -159,6 +165,7 @@ class Numbers(Mailbox):
                 "delta or initial is so far beyond 64 bits that the sum must be, too;"
                 " use smaller numbers"
             )
+        return 0
 
     def _refuse_number(self, key: Any, slot: int, number: Any) -> None:
         if number is None:
@@ -173,6 +180,7 @@ class Numbers(Mailbox):
         )
 
     @cython.cfunc
+    @cython.final
     def _number_at(self, b: Index, slot: Index, h: Word) -> Any:
         # The number that an entry holds; None if it holds none.
         tag: cython.uint = tag_of(self.w32[2 * self._record(b, slot) + F_META])
@@ -182,6 +190,7 @@ class Numbers(Mailbox):
         return None
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _put_number(
         self,

@@ -30,7 +30,7 @@ if not cython.compiled:
         Word,
     )
     from shmcache._engine.numbers import Numbers
-    from shmcache._engine.words import MISSING
+    from shmcache._engine.words import ABSENT, MISSING
 
 
 compiled: bool = cython.compiled
@@ -114,21 +114,21 @@ class Engine(Numbers):
             SegmentCorrupt: Damage was met; the shard has been rebuilt.
         """
         value = self._lookup(key, COUNTS_AS_USE | WANTS_VALUE)
-        return default if value is MISSING else value
+        return default if value is ABSENT else value
 
     def peek(self, key: Any, default: Any = None) -> Any:
         """As ``get``, but it counts neither as a use nor as a hit or miss.  O(1)."""
         value = self._lookup(key, WANTS_VALUE)
-        return default if value is MISSING else value
+        return default if value is ABSENT else value
 
     def __contains__(self, key: Any) -> bool:
         """Whether a key is there; it is no use of the entry.  O(1)."""
-        return self._lookup(key, 0) is not MISSING
+        return self._lookup(key, 0) is not ABSENT
 
     def __getitem__(self, key: Any) -> Any:
         """As ``get``, but it raises KeyError when the key is absent.  O(1)."""
         value = self._lookup(key, COUNTS_AS_USE | WANTS_VALUE)
-        if value is MISSING:
+        if value is ABSENT:
             raise KeyError(key)
         return value
 
@@ -138,7 +138,7 @@ class Engine(Numbers):
         found = {}
         for key in keys:
             value = self._lookup(key, COUNTS_AS_USE | WANTS_VALUE)
-            if value is not MISSING:
+            if value is not ABSENT:
                 found[key] = value
         return found
 
@@ -277,11 +277,11 @@ class Engine(Numbers):
 
     def delete(self, key: Any) -> bool:
         """Remove an entry; whether it was there.  O(1)."""
-        return self._take(key, False) is not MISSING
+        return self._take(key, False) is not ABSENT
 
     def __delitem__(self, key: Any) -> None:
         """As ``delete``, but it raises KeyError when the key is absent.  O(1)."""
-        if self._take(key, False) is MISSING:
+        if self._take(key, False) is ABSENT:
             raise KeyError(key)
 
     def delete_many(self, keys: Any) -> int:
@@ -289,7 +289,7 @@ class Engine(Numbers):
         self._require_joined()
         count = 0
         for key in keys:
-            if self._take(key, False) is not MISSING:
+            if self._take(key, False) is not ABSENT:
                 count += 1
         return count
 
@@ -300,7 +300,7 @@ class Engine(Numbers):
         absent, ``default`` is returned; without a default, KeyError is raised.
         """
         value = self._take(key, True)
-        if value is MISSING:
+        if value is ABSENT:
             if default is MISSING:
                 raise KeyError(key)
             return default

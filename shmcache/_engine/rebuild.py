@@ -114,6 +114,7 @@ class Rebuild(Entries):
     """Rebuilds the shard whose lock is held."""
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _rebuild(self, b: Index) -> Index:
         # Rebuild a shard; returns how many entries were given up.  The time of the
@@ -140,6 +141,7 @@ class Rebuild(Entries):
         return seen.dropped
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _clean_counters(self, b: Index) -> cython.int:
         # What no record tells: counters that cannot be, and half-written pairs of the
@@ -168,6 +170,7 @@ class Rebuild(Entries):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _examine(self, b: Index, seen: Examined) -> cython.int:
         # Find the sound records, and give up the damaged ones.  Safe, because a damaged
@@ -196,6 +199,7 @@ class Rebuild(Entries):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _is_sound(self, b: Index, slot: Index, seen: Examined) -> cython.bint:
         # Whether a live record can be kept; if so, its blocks are claimed for it.
@@ -233,6 +237,7 @@ class Rebuild(Entries):
         return False
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _claim_blocks(self, b: Index, slot: Index, seen: Examined) -> cython.bint:
         # Claim the whole run of blocks of a record, or nothing.
@@ -253,6 +258,7 @@ class Rebuild(Entries):
         return False
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _unclaim_blocks(
         self, b: Index, first: Index, n: Index, seen: Examined
@@ -265,6 +271,7 @@ class Rebuild(Entries):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _find_order(self, b: Index, seen: Examined) -> cython.int:
         # Put the sound slots into the order of their use.  It only reads the shard.
@@ -297,6 +304,7 @@ class Rebuild(Entries):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _empty_lists(self, b: Index) -> cython.int:
         # Empty the hash chains and the wheel.  Safe, because SEQ is odd: readers take
@@ -315,6 +323,7 @@ class Rebuild(Entries):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _readmit(self, b: Index, seen: Examined) -> cython.int:
         # Enter the sound records into hash chains and wheel.  Of two records of one
@@ -353,6 +362,7 @@ class Rebuild(Entries):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _twin(self, b: Index, slot: Index) -> Index:
         # Another record of the same key that is in its bucket already, or 0.
@@ -362,6 +372,7 @@ class Rebuild(Entries):
         return self._find(b, self.w32[r + F_HASH], kind_of(meta), key)
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _give_up(self, b: Index, slot: Index, seen: Examined) -> Index:
         # Give up a sound record; returns the number of its blocks.
@@ -372,6 +383,7 @@ class Rebuild(Entries):
         return need
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _relink_ring(self, b: Index, seen: Examined) -> cython.int:
         # Lay the LRU ring.  Safe at every store: the links that are laid lead down from
@@ -389,6 +401,7 @@ class Rebuild(Entries):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _refree_slots(self, b: Index) -> cython.int:
         # Free slots are those whose record is no entry.  _examine found the last slot
@@ -401,6 +414,7 @@ class Rebuild(Entries):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _refree_blocks(self, b: Index, seen: Examined) -> cython.int:
         # Free blocks are those that no record has claimed.

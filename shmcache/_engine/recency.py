@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 else:
     from shmcache._format import shim as cython
 
-if cython.compiled:
-    from cython.cimports.shmcache._engine.memory import prefetch
 if not cython.compiled:
     from shmcache._engine.constants import (
         F_LRU_NEXT,
@@ -36,6 +34,10 @@ if not cython.compiled:
         Word,
     )
     from shmcache._engine.lists import Lists
+
+
+if cython.compiled:
+    from cython.cimports.shmcache._engine.memory import prefetch
 
 
 def recency_buffers(shards: int) -> Any:
@@ -73,6 +75,7 @@ class Recency(Lists):
         self.in_step = True
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _use(self, b: Index, slot: Index) -> cython.int:
         # Make an entry the most recently used.
@@ -94,6 +97,7 @@ class Recency(Lists):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _apply_recency(self, s: Index, b: Index) -> cython.int:
         # Empty the buffer of a shard into its ring; the caller holds the lock.
@@ -118,6 +122,7 @@ class Recency(Lists):
     # work.
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _fetch_record(self, b: Index, h32: Word) -> cython.int:
@@ -129,6 +134,7 @@ class Recency(Lists):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _fetch_block(self, b: Index, slot: Index) -> cython.int:
@@ -144,6 +150,7 @@ class Recency(Lists):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _fetch_neighbours(self, b: Index, slot: Index) -> cython.int:

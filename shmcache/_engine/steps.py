@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 else:
     from shmcache._format import shim as cython
 
-if cython.compiled:
-    from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 if not cython.compiled:
     from shmcache._engine.constants import (
         CLEARED,
@@ -37,6 +35,10 @@ if not cython.compiled:
     from shmcache._engine.words import Corrupt, key_bytes
     from shmcache._engine.writes import Writes
     from shmcache._format.fields import key_len_of, kind_of, tag_of
+
+
+if cython.compiled:
+    from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 
 
 @cython.cclass
@@ -186,6 +188,7 @@ class Steps(Writes):
         return (bb if bb < self.slots else -1), n
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _has_prefix(
         self, b: Index, v: Index, kind: cython.uint, prefix: bytes

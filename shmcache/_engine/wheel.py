@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 else:
     from shmcache._format import shim as cython
 
-if cython.compiled:
-    from cython.cimports.shmcache._engine.memory import lowest_bit
 if not cython.compiled:
     from shmcache._engine.constants import (
         F_WHEEL_NEXT,
@@ -44,11 +42,16 @@ if not cython.compiled:
     from shmcache._engine.words import Corrupt
 
 
+if cython.compiled:
+    from cython.cimports.shmcache._engine.memory import lowest_bit
+
+
 @cython.cclass
 class Wheel(Recency):
     """The timer wheel of a shard; ``_reclaim`` in ``entries.py`` turns it."""
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _wheel_insert(
         self, b: Index, slot: Index, expires: Word, now: Word
@@ -87,6 +90,7 @@ class Wheel(Recency):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _wheel_remove(self, b: Index, slot: Index) -> cython.int:
         r: Index = 2 * self._record(b, slot)
@@ -120,6 +124,7 @@ class Wheel(Recency):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-2)
     def _wheel_next(self, b: Index) -> Index:
         # The number of the list that is due first, or -1 when the wheel is empty.  A

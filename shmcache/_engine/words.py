@@ -32,6 +32,23 @@ if TYPE_CHECKING:
 else:
     from shmcache._format import shim as cython
 
+if not cython.compiled:
+    from shmcache._engine.constants import (
+        BYTES_KEY,
+        LONGEST_TTL,
+        MASK32,
+        MASK64,
+        STAMP_SHIFT,
+        STR_KEY,
+        TTL_VALUE,
+        XXH3_MAX,
+        Index,
+        Word,
+    )
+    from shmcache._format.fields import bucket_of, shard_of
+    from shmcache._format.keys import encode_key
+
+
 if cython.compiled:
     from cython.cimports.cpython.bytes import (
         PyBytes_AS_STRING,
@@ -51,21 +68,6 @@ if cython.compiled:
         write_fence,
         xxh3,
     )
-if not cython.compiled:
-    from shmcache._engine.constants import (
-        BYTES_KEY,
-        LONGEST_TTL,
-        MASK32,
-        MASK64,
-        STAMP_SHIFT,
-        STR_KEY,
-        TTL_VALUE,
-        XXH3_MAX,
-        Index,
-        Word,
-    )
-    from shmcache._format.fields import bucket_of, shard_of
-    from shmcache._format.keys import encode_key
 
 
 class Missing:
@@ -76,8 +78,10 @@ class Missing:
 
 
 MISSING = Missing()
-UNSURE = Missing()  # the result of a read without the lock that could not tell
-MOVED = Missing()  # the result of a copy whose record has changed meanwhile
+# C variables, because a hot path would look a module's name up in a dict.
+ABSENT = cython.declare(object, MISSING)
+UNSURE = cython.declare(object, Missing())  # a read without the lock could not tell
+MOVED = cython.declare(object, Missing())  # the record has changed during the copy
 
 
 class Corrupt(IndexError):
@@ -236,6 +240,7 @@ class Words:
         self.row = 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _require_joined(self) -> cython.int:
@@ -246,6 +251,7 @@ class Words:
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _now(self) -> Word:
@@ -258,6 +264,7 @@ class Words:
     # --- where things are -----------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _hash(self, key: bytes, kind: cython.uint) -> Word:
@@ -270,6 +277,7 @@ class Words:
         return xxh3_64_intdigest(key, seed)
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     def _place(self, key: Any, kb: bytes) -> tuple[cython.uint, Word, Index, Index]:
         # Kind and hash of a key, and the shard that it belongs to.
@@ -279,12 +287,14 @@ class Words:
         return kind, h, s, self._base(s)
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(check=False)
     def _base(self, s: Index) -> Index:
         return self.shards8 + s * self.stride8
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _record(self, b: Index, slot: Index) -> Index:
@@ -294,6 +304,7 @@ class Words:
         return b + self.records8 + slot * 8
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(check=False)
     def _bucket(self, b: Index, h32: Word) -> Index:
@@ -301,6 +312,7 @@ class Words:
         return 2 * b + self.buckets4 + bucket_of(h32, cython.cast(Word, self.slots))
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _block_at(self, b: Index, block: Index) -> Index:
@@ -310,6 +322,7 @@ class Words:
         return 8 * b + self.arena + (block << self.block_shift)
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _stamp(self, now: Word) -> cython.uint:
@@ -318,6 +331,7 @@ class Words:
         )
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(check=False)
     def _need(self, key_len: Index, value_len: Index) -> Index:
@@ -330,6 +344,7 @@ class Words:
     # --- loads and stores -----------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _put_word(self, i: Index, value: Word) -> cython.int:
@@ -342,6 +357,7 @@ class Words:
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _get_word(self, i: Index) -> Word:
@@ -351,6 +367,7 @@ class Words:
         return self.w64[i]
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _read_fence(self) -> cython.int:
@@ -359,6 +376,7 @@ class Words:
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _count(self, i: Index, n: Word) -> cython.int:
@@ -370,6 +388,7 @@ class Words:
     # --- bytes of an entry ----------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _copy_in(
         self, b: Index, block: Index, offset: Index, data: bytes
@@ -399,6 +418,7 @@ class Words:
         return 0
 
     @cython.cfunc
+    @cython.final
     def _copy_out(self, b: Index, block: Index, offset: Index, n: Index) -> bytes:
         # Bytes of a run of blocks.  A reader without the lock may get garbage, but
         # every index is checked, and n, which the caller has checked, bounds the walk.
@@ -445,6 +465,7 @@ class Words:
         return b"".join(pieces)
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _same_key(self, b: Index, block: Index, key: bytes) -> cython.bint:
         # Whether a run of blocks begins with the bytes of a key.
@@ -471,6 +492,7 @@ class Words:
             block = self.w32[2 * b + self.links4 + block]
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _checksum(self, value: bytes, h: Word, tag: cython.uint) -> cython.uint:

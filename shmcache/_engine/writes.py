@@ -39,7 +39,7 @@ if not cython.compiled:
         Word,
     )
     from shmcache._engine.lookup import Lookup
-    from shmcache._engine.words import MISSING, key_bytes, pack_ttl, ttl_ns
+    from shmcache._engine.words import ABSENT, key_bytes, pack_ttl, ttl_ns
     from shmcache._format.fields import tag_of
     from shmcache._format.values import decode_tagged
 
@@ -57,6 +57,7 @@ class Writes(Lookup):
     # --- arguments ------------------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _ttl(self, ttl: Any) -> Word:
@@ -68,6 +69,7 @@ class Writes(Lookup):
         return ttl_ns(ttl)
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _shorten(self, ns: Word) -> Word:
@@ -85,6 +87,7 @@ class Writes(Lookup):
         return ns - cut if cut < ns else 1
 
     @cython.cfunc
+    @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _require_fits(
@@ -100,6 +103,7 @@ class Writes(Lookup):
         return 0
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _refuse(
         self, s: Index, b: Index, key_len: Index, value_len: Index
@@ -127,6 +131,7 @@ class Writes(Lookup):
     # --- one entry ------------------------------------------------------------------
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _put(
         self, key: Any, value: Any, ttl: Any, mode: cython.int, token: Word
@@ -175,6 +180,7 @@ class Writes(Lookup):
         return version
 
     @cython.cfunc
+    @cython.final
     def _take(self, key: Any, want: cython.bint) -> Any:
         # Remove an entry; returns its value (True if it is not wanted), or MISSING.
         self._require_joined()
@@ -200,10 +206,11 @@ class Writes(Lookup):
             raise
         self._end(s, b)
         if slot == 0:
-            return MISSING
+            return ABSENT
         return decode_tagged(self.codec, tag, data) if want else True
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _renew_ttl(self, key: Any, ttl: Any) -> cython.bint:
         # Give an entry a new time to live, which is a use, too; whether it was there.
@@ -234,6 +241,7 @@ class Writes(Lookup):
         return slot != 0
 
     @cython.cfunc
+    @cython.final
     def _read_versioned(self, key: Any) -> tuple:
         # Value and version of a key, which count as a use; (None, None) when absent.
         self._require_joined()
@@ -264,6 +272,7 @@ class Writes(Lookup):
         return decode_tagged(self.codec, tag, data), version
 
     @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _expiry(self, key: Any) -> Word:
         # When an entry expires (ns, or NEVER); 0 when it is absent.
