@@ -128,8 +128,8 @@ class Member(Engine):
             )
         self._attachment = attachment
         self._settings = settings
-        if attachment.touches is None:
-            attachment.touches = recency_buffers(settings.shards)
+        if attachment.recency is None:
+            attachment.recency = recency_buffers(settings.shards)
         self.cleanup_interval = settings.cleanup_ns / 1e9
         self._bind(
             attachment.block.view,
@@ -145,7 +145,7 @@ class Member(Engine):
                 created_at_ns=header.created_at_ns,
                 lock_timeout_ns=self._timeout_ns,
             ),
-            attachment.touches,
+            attachment.recency,
             Peers(self.name, attachment, Member._enter_process),
         )
         self._heed_log_level()
@@ -234,10 +234,10 @@ class Member(Engine):
                 self._flush_recency()
         except Exception as error:  # noqa: BLE001
             log.debug(
-                "touches of cache %s lost: %s",
+                "recency of cache %s lost: %s",
                 self.name,
                 error,
-                extra={"cache": self.name, "event": "touches lost"},
+                extra={"cache": self.name, "event": "recency lost"},
             )
 
     def _require_open(self) -> None:

@@ -31,7 +31,7 @@ from threading import get_ident
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
-from shmcache._segment.create import Gone as ClosedView
+from shmcache._segment.closed_view import ClosedView
 from shmcache.errors import LockTimeout, SegmentCorrupt
 
 if TYPE_CHECKING:
@@ -527,6 +527,23 @@ class Lock(Rebuild):
             if collecting:
                 gc.enable()
         return 0
+
+    def _release_left(self, frame: Any) -> None:
+        # Interpreted: give back what an exception from a signal handler has left taken.
+        # ``frame`` is the caller of the operation; if it is inside another one (called
+        # by a signal handler, or a codec), the outer operation will look.
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").startswith("shmcache._engine."):
+                return
+            frame = frame.f_back
+        self.peers.end_recoveries()
+        me = get_ident()
+        for s, owner in list(self.owners.items()):
+            b = self._base(s)
+            if owner == me and self.w64[b + S_HOLDER] == self.token:
+                if self.w64[b + S_SEQ] & 1:
+                    self._rebuild_and_log(s, b, 0)
+                self._release(s, b)
 
     @cython.cfunc
     @cython.exceptval(-1)

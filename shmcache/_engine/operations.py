@@ -8,7 +8,6 @@ statistics.
 import functools
 import sys
 from array import array
-from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from shmcache._arguments import Ttl
@@ -27,8 +26,6 @@ if not cython.compiled:
         COUNTS_AS_USE,
         NEVER,
         REPLACE,
-        S_HOLDER,
-        S_SEQ,
         WANTS_VALUE,
         Word,
     )
@@ -318,20 +315,6 @@ if not cython.compiled:
     # What is raised where words, semaphores or lock file have gone.
     OF_CLOSING = (IndexError, OSError, ValueError)
 
-    def _release_all(engine: Any, frame: Any) -> None:
-        while frame is not None:
-            if frame.f_globals.get("__name__", "").startswith("shmcache._engine."):
-                return  # inside another call: of a signal handler, or a codec
-            frame = frame.f_back
-        engine.peers.end_recoveries()
-        me = get_ident()
-        for s, owner in list(engine.owners.items()):
-            b = engine._base(s)
-            if owner == me and engine.w64[b + S_HOLDER] == engine.token:
-                if engine.w64[b + S_SEQ] & 1:
-                    engine._rebuild_and_log(s, b, 0)
-                engine._release(s, b)
-
     def _guarded(method: Any) -> Any:
         @functools.wraps(method)
         def guarded(self: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -339,7 +322,7 @@ if not cython.compiled:
                 return method(self, *args, **kwargs)
             except BaseException as error:
                 if self.token and self.guard[0] == self.token:
-                    _release_all(self, sys._getframe(1))
+                    self._release_left(sys._getframe(1))  # noqa: SLF001
                 elif self.token == 0 and type(error) in OF_CLOSING:
                     self._require_joined()  # says that another thread has closed it
                 raise

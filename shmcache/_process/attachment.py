@@ -78,8 +78,8 @@ class Attachment:
             The interpreted engine needs it.
         recovering: Which thread of this process takes over which shard's lock.
         flights: Which keys this process computes just now, for ``get_or_set``.
-        touches: Hits of this process that wait to be applied, for all its Cache
-            objects; see ``touch_buffers`` in the engine.
+        recency: Hits of this process that wait to be applied, for all its Cache
+            objects; see ``recency_buffers`` in the engine.
     """
 
     def __init__(self, names: Names) -> None:
@@ -96,7 +96,7 @@ class Attachment:
         self.owners: dict[int, int] = {}
         self.recovering: dict[int, int] = {}
         self.flights: dict[int, Any] = {}
-        self.touches: tuple[memoryview, memoryview, memoryview] | None = None
+        self.recency: tuple[memoryview, memoryview, memoryview] | None = None
 
     # --- coming: the segment --------------------------------------------------------
 
@@ -310,9 +310,9 @@ class Attachment:
         self.owners.clear()
         self.recovering.clear()
         self.flights.clear()
-        if self.touches:
-            for shard in range(len(self.touches[2])):
-                self.touches[2][shard] = 0
+        if self.recency:
+            for shard in range(len(self.recency[2])):
+                self.recency[2][shard] = 0
 
     def _take_row(self) -> None:
         row = self._free_row()

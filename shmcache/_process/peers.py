@@ -59,14 +59,14 @@ class Peers:
         owner = attachment.owners.get(shard)
         if owner == threading.get_ident():
             return True  # it is not a nested call: check_reentry has looked
-        frame = sys._current_frames().get(owner or 0)
+        frame = sys._current_frames().get(owner or 0)  # noqa: SLF001
         return not any(map(_in_engine, _frames(frame)))
 
     def check_reentry(self, shard: int) -> None:
         """Raise ReentrantCall if this thread waits for a lock that it holds itself."""
         if self._attachment.owners.get(shard) != threading.get_ident():
             return
-        frames = _frames(sys._getframe())
+        frames = _frames(sys._getframe())  # noqa: SLF001
         for frame in frames:
             if not frame.f_globals.get("__name__", "").startswith("shmcache."):
                 break

@@ -22,15 +22,12 @@ from typing import TYPE_CHECKING
 
 from shmcache._format import layout as L
 from shmcache._segment import semaphores
-from shmcache._segment.closed_view import ClosedView as Gone
 from shmcache._segment.header import write_header
 
 if TYPE_CHECKING:
     from shmcache._segment.block import Block
     from shmcache._segment.names import Names
     from shmcache._segment.settings import Settings
-
-__all__ = ["Gone", "create", "open_block", "remove"]
 
 
 def open_block(names: Names) -> Block:

@@ -15,6 +15,7 @@ Read in this order::
     sampling.py  what is measured each second
     ledger.py    what must add up: blocks, slots, entries, handles
     verdict.py   flat or not: Theil-Sen slopes over workers that come and go
+    record.py    what a run has seen
     plot.py      line plots as SVG
     charts.py    which plots a report has
     report.py    the text, the page with the plots, and the JSON of the samples

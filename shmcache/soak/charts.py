@@ -10,7 +10,7 @@ from shmcache.soak.plot import Line, Plot, Points
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from shmcache.soak.run import Record
+    from shmcache.soak.record import Record
     from shmcache.soak.sampling import CacheSample, Process, Sample
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -17,7 +17,7 @@ from shmcache.soak.plot import STYLE, clock
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmcache.soak.run import Record
+    from shmcache.soak.record import Record
     from shmcache.soak.verdict import Judgement
 
 MIB = 1 << 20

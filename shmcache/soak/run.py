@@ -12,7 +12,6 @@ import random
 import sys
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from shmcache.demo.stop import Stopped, StopRequest
 from shmcache.soak import ledger, report, sampling
 from shmcache.soak.load import LOCK_TIMEOUT, Load, open_cache, open_handles, uses
 from shmcache.soak.options import SoakError, for_self_test, from_namespace, run_name
+from shmcache.soak.record import Record
 from shmcache.soak.servers import Gunicorn, Server, halt
 from shmcache.soak.verdict import judge_all
 
@@ -35,48 +35,11 @@ if TYPE_CHECKING:
     from shmcache.handles import HandleMap
     from shmcache.soak.options import Options
     from shmcache.soak.sampling import CacheSample, Process, Sample
-    from shmcache.soak.verdict import Judgement
 
 TICK = 0.05  # s
 FEWEST = 8  # samples after the warm-up that a verdict needs
 MOST_FINDINGS = 50
 MIB = 1 << 20
-
-
-@dataclass
-class Record:
-    """What a run has seen, and the verdict on it."""
-
-    options: Options
-    began: float = field(default_factory=time.time)  # by the wall clock, in s
-    samples: list[Sample] = field(default_factory=list)
-    # What was done and when, in s since the beginning: kill, recycle, died.
-    marks: list[tuple[float, str]] = field(default_factory=list)
-    findings: list[str] = field(default_factory=list)  # what does not add up
-    judgements: list[Judgement] = field(default_factory=list)
-    seconds: float = 0.0  # how long it really ran
-    stopped_by: int = 0  # the signal that ended it early
-    checks: int = 0
-    died: int = 0  # handles that killed workers had open when they were killed
-    final: dict[str, CacheSample] = field(default_factory=dict)  # after the last worker
-
-    @property
-    def leaks(self) -> list[Judgement]:
-        """The quantities that grow."""
-        return [j for j in self.judgements if j.leak]
-
-    @property
-    def status(self) -> int:
-        """The exit code."""
-        if self.findings or self.leaks:
-            return 1
-        if self.stopped_by and self.options.pid is None:
-            return 128 + self.stopped_by
-        return 0
-
-    def count(self, kind: str) -> int:
-        """How many marks of a kind there are."""
-        return sum(kind == known for _, known in self.marks)
 
 
 class Watch:

@@ -80,8 +80,9 @@ def test_an_attached_process_gets_exact_sums(
             words.quiet = True
             yield
 
-    monkeypatch.setattr(Attachment, "admin", quiet)
-    monkeypatch.setattr(attachment, "words", words)
-    assert attachment.counters()[L.R_CALLBACKS - L.R_COUNTERS] == 7
+    with monkeypatch.context() as patch:
+        patch.setattr(Attachment, "admin", quiet)
+        patch.setattr(attachment, "words", words)
+        assert attachment.counters()[L.R_CALLBACKS - L.R_COUNTERS] == 7
     assert words.quiet
     assert words.reads == 2 * rows.ATTEMPTS + 2

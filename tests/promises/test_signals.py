@@ -99,7 +99,7 @@ class Stage:
         """The state in which the scenario begins."""
         view = self.cache._attachment.block.view
         view[self.header.geometry.shards_at :] = self.start
-        self.cache._attachment.touches[2][0] = 0  # type: ignore[index]
+        self.cache._attachment.recency[2][0] = 0  # type: ignore[index]
         self.clock.ns = self.now
 
     def strike(self, n: int, what: str) -> bool:

@@ -27,7 +27,8 @@ from shmcache.handles import HandleMap
 from shmcache.soak import ledger, main, plot, report
 from shmcache.soak.load import Load, Traffic, accesses
 from shmcache.soak.options import Options, SoakError
-from shmcache.soak.run import Host, Record, run
+from shmcache.soak.record import Record
+from shmcache.soak.run import Host, run
 from shmcache.soak.sampling import LIMIT, Process, Sample, names_of
 from shmcache.soak.servers import Server
 from shmcache.soak.verdict import Judgement, Series, judge, judge_all, theil_sen
