@@ -118,6 +118,7 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(parts(page))], ids=named
 )

@@ -920,6 +920,7 @@ def opened(write: Callable[..., None], handle: str) -> str:
     return handle
 
 
+@pytest.mark.slow
 def test_storm_of_kills(name: str, tmp_path: Any) -> None:
     """Workers that evict each other's handles and are killed at random: each handle is
     closed once by its living owner, none is left open at the end, and the host's counts

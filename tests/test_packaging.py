@@ -173,6 +173,7 @@ def test_what_is_needed_is_declared() -> None:
     assert metadata("shmcache")["Requires-Python"] == ">=3.11"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["shmcache", *MODULES])
 def test_module_imports_in_a_fresh_process(module: str) -> None:
     """No module depends on another having been imported before, and none warns."""

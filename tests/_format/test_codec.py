@@ -236,6 +236,7 @@ def shown(error: Exception) -> str:
 # --- keys -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(keys)
 @example("")
 @example(b"")

@@ -634,6 +634,7 @@ def test_set_and_delete(make_cache: Callable[..., Cache]) -> None:
     assert [7] == list(cache)
 
 
+@pytest.mark.slow
 def test_set_in_a_raw_cache(make_cache: Callable[..., Cache]) -> None:
     """A cache of bytes gets the text's UTF-8."""
     cache = make_cache(max_entries=10, codec="raw")
@@ -641,6 +642,7 @@ def test_set_in_a_raw_cache(make_cache: Callable[..., Cache]) -> None:
     assert "käse".encode() == cache["key"]
 
 
+@pytest.mark.slow
 def test_clear(make_cache: Callable[..., Cache]) -> None:
     """All entries go, or those with a prefix of the kind that --type says."""
     cache = make_cache(max_entries=100)
@@ -657,6 +659,7 @@ def test_clear(make_cache: Callable[..., Cache]) -> None:
     assert [] == list(cache)
 
 
+@pytest.mark.slow
 def test_owners_close_handles_that_are_removed(new_name: Callable[[], str]) -> None:
     """A handle whose key is deleted, or cleared away, is closed by its owner; none can
     be set from outside."""
@@ -681,6 +684,7 @@ def test_owners_close_handles_that_are_removed(new_name: Callable[[], str]) -> N
         assert 0 == handles.stats().entries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["set", "NAME", "k", "v"], ["delete", "NAME", "k"], ["clear", "NAME"]]
 )
@@ -703,6 +707,7 @@ def test_writing_to_what_the_dead_left(
 # --- beside writers, and on damage ------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_keys_are_listed_while_they_are_overwritten(
     make_cache: Callable[..., Cache],
 ) -> None:
@@ -740,6 +745,7 @@ def test_all_keys_are_listed_while_they_are_overwritten(
         peer.end()
 
 
+@pytest.mark.slow
 def test_number_is_seen_while_it_is_overwritten(
     make_cache: Callable[..., Cache],
 ) -> None:
@@ -836,6 +842,7 @@ def damage_value(cache: Cache, value: bytes) -> None:
     view[at] ^= 1
 
 
+@pytest.mark.slow
 @pytest.mark.damaged
 def test_a_damaged_entry_is_told_from_the_others(
     make_cache: Callable[..., Cache],
@@ -853,6 +860,7 @@ def test_a_damaged_entry_is_told_from_the_others(
     assert "checksum" in result("check", cache.name, code=1)
 
 
+@pytest.mark.slow
 def test_damage_of_the_header_is_told_and_the_rest_shown(
     make_cache: Callable[..., Cache], name: str
 ) -> None:
@@ -915,6 +923,7 @@ def test_any_bytes_are_looked_at_without_harm(
     assert codes[1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", ".lease"])
 def test_a_pipe_in_the_place_of_a_file(name: str, end: str) -> None:
     """Commands do not wait for somebody to write into what is no file of a cache: they
@@ -1115,6 +1124,7 @@ def test_completion_in_bash(make_cache: Callable[..., Cache], in_path: None) -> 
         assert expected == ([name] if name in offered else offered), line
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
 def test_completion_in_fish(make_cache: Callable[..., Cache], in_path: None) -> None:
     """A real fish offers commands, options, and the names of caches."""
@@ -1132,6 +1142,7 @@ def test_completion_in_fish(make_cache: Callable[..., Cache], in_path: None) -> 
         assert expected == ({name} if name in words else words), line
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
 def test_completion_in_zsh(in_path: None) -> None:
     """A real zsh takes the function, and calls it for this command."""
@@ -1143,6 +1154,7 @@ def test_completion_in_zsh(in_path: None) -> None:
     assert "_shmcache 1\n" == in_shell("zsh", "-f", "-c", script)
 
 
+@pytest.mark.slow
 def test_completion_knows_all_commands() -> None:
     """Each script has all commands in it; of other shells there is none."""
     for shell in ("bash", "zsh", "fish"):

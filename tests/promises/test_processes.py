@@ -512,6 +512,7 @@ def work(number: int) -> tuple[int, int]:
     return os.getpid(), _pool_cache["from the parent"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("given", ["name", "cache"])
 def test_pool(
@@ -531,6 +532,7 @@ def test_pool(
     assert cache.stats().workers == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_executor(name: str, make_cache: Callable[..., Cache], method: str) -> None:
     """The workers of a process pool executor share the cache with their parent."""
@@ -550,6 +552,7 @@ def answer(cache: Cache, key: str) -> None:
     cache[key] = cache["question"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_process_argument(
     name: str, make_cache: Callable[..., Cache], method: str
@@ -588,6 +591,7 @@ def keep_to_the_end(cache: Cache, link: Connection) -> None:
     link.recv()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_last_one_out_is_a_process_that_just_ends(name: str, method: str) -> None:
     """The normal end of a multiprocessing child removes what nobody uses any more."""
