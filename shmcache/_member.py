@@ -106,7 +106,7 @@ class Member(Engine):
 
     def _attach(self, settings: Settings | None) -> None:
         now = self._clock() if self._clock else time.monotonic_ns()
-        attachment = Attachment.open(self._names, settings, now, self._revive)
+        attachment = Attachment.open(self._names, settings, now, self._rebuild_all)
         try:
             self._take_up(attachment)
         except BaseException:
@@ -156,7 +156,7 @@ class Member(Engine):
         weakref.finalize(self, close_semaphores, opened).atexit = False
         self.closed = False
 
-    def _revive(self, attachment: Attachment) -> None:
+    def _rebuild_all(self, attachment: Attachment) -> None:
         # Under the admin lock, and nobody else is there: the dead may have left any
         # shard in any state, and its bytes may have been changed since.
         self._take_up(attachment)
@@ -174,7 +174,7 @@ class Member(Engine):
             dropped,
             extra={
                 "cache": self.name,
-                "event": "revived",
+                "event": "rebuilt",
                 "recovered": kept,
                 "dropped": dropped,
             },

@@ -21,6 +21,7 @@ from collections.abc import (
     ValuesView,
 )
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from shmcache._arguments import check_budget, check_ttl
@@ -33,6 +34,7 @@ from shmcache._engine import (
 )
 from shmcache._format import check as _check
 from shmcache._format import layout as L
+from shmcache._format.fields import kind_of, make_version, tag_of
 from shmcache._format.seqlock import stable_read
 from shmcache._member import STEP, Member
 from shmcache._process.lockfile import mutex
@@ -388,7 +390,7 @@ class Cache(Member):
         removed = 0
         words = self._attachment.words
         newest = [
-            words[self._words_of(shard) + L.S_SEQUENCE] << 1 | 1
+            make_version(words[self._words_of(shard) + L.S_SEQUENCE])
             for shard in range(self._settings.shards)
         ]
         for shard, version in enumerate(newest):
@@ -443,9 +445,7 @@ class Cache(Member):
                 bucket, flat = self._scan(shard, bucket, STEP, values)
                 for i in range(0, len(flat), 5):
                     meta, key, value, expires, stamp = flat[i : i + 5]
-                    kind = meta >> 16 & 15
-                    tag = meta >> L.META_TAG_SHIFT & 15
-                    yield kind, key, tag, value, expires, stamp
+                    yield kind_of(meta), key, tag_of(meta), value, expires, stamp
 
     def _iter_values(self) -> Iterator[Any]:
         for _, _, tag, data, *_ in self._entries(values=True):
@@ -506,10 +506,12 @@ class Cache(Member):
         counts = []
         for shard in range(self._settings.shards):
             base = self._words_of(shard)
-            epoch = words[base + L.S_SEQ]
-            counts.append(words[base + L.S_SEQUENCE])
-            if epoch & 1 or words[base + L.S_SEQ] != epoch:
+            count, stable = stable_read(
+                words, base, partial(words.__getitem__, base + L.S_SEQUENCE), attempts=1
+            )
+            if not stable:
                 return None
+            counts.append(count)
         return counts
 
     def check(self) -> list[str]:

@@ -92,8 +92,8 @@ class Entries(Wheel):
     notify: cython.bint  # entries stand for handles, whose owners must be told
     logs_evictions: cython.bint
     has_news: cython.bint  # one of the two logs has something for peers.report
-    # Cause and kind in one int, key bytes, and so on: the garbage collector tracks
-    # neither ints nor bytes.
+    # Cause, meta and key bytes of one entry after the other, as a flat list: the
+    # garbage collector tracks neither ints nor bytes.
     evicted_log: list
     age_bounds: cython.ulonglong[::1]  # of the histogram, in stamps
 
@@ -213,7 +213,8 @@ class Entries(Wheel):
     def _log_eviction(self, b: Index, r: Index, cause: Index) -> cython.int:
         # The lock is held, so the log is written later: see _release in lock.py.
         meta: cython.uint = self.w32[r + F_META]
-        self.evicted_log.append(cause << 4 | kind_of(meta))
+        self.evicted_log.append(cause)
+        self.evicted_log.append(meta)
         self.evicted_log.append(
             self._copy_out(b, self.w32[r + F_BLOCK], 0, key_len_of(meta))
         )

@@ -57,6 +57,7 @@ if not cython.compiled:
         Word,
     )
     from shmcache._engine.rebuild import Rebuild
+    from shmcache._format.fields import kind_of
 
 
 if cython.compiled:
@@ -575,8 +576,8 @@ class Lock(Rebuild):
         self.peers.report(
             repairs,
             [
-                (evictions[i] >> 4, evictions[i] & 15, evictions[i + 1])
-                for i in range(0, len(evictions) - 1, 2)
+                (evictions[i], kind_of(evictions[i + 1]), evictions[i + 2])
+                for i in range(0, len(evictions) - 2, 3)
             ],
         )
         return 0

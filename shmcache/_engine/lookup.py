@@ -60,6 +60,7 @@ if not cython.compiled:
     from shmcache._format.fields import is_live, make_meta, tag_of
     from shmcache._format.values import decode_tagged
 
+
 if cython.compiled:
     from cython.cimports.shmcache._engine.memory import cas, pause
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache._engine import decode_key, is_compiled
 from shmcache._format import layout as L
+from shmcache._format.fields import generation_of
 from shmcache.errors import ReentrantCall, SegmentCorrupt
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from shmcache._process.attachment import Attachment
 
 log = logging.getLogger("shmcache")
-
-# A token up to this is none: the holder died before it signed.
-_NO_TOKEN = 0xFFFF
 
 
 class Peers:
@@ -162,7 +160,7 @@ def _shown_key(kind: int, data: bytes) -> str:
 def _what_happened(dead: int, pid: int) -> str:
     if not dead:
         return "damage was met"
-    if dead <= _NO_TOKEN:
+    if not generation_of(dead):  # the placeholder for a holder that did not sign
         return "a process died taking or giving back its lock"
     return f"process {pid or 'unknown'} died holding its lock"
 

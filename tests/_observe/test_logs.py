@@ -106,7 +106,7 @@ def test_replacement_and_reuse(
     make_cache: Callable[..., Cache], new_name: Callable[[], str], records: Records
 ) -> None:
     """What the dead left is logged when it is replaced, or used again."""
-    for persist, event in ((False, "replaced"), (True, "revived")):
+    for persist, event in ((False, "replaced"), (True, "rebuilt")):
         name = new_name()
         child = os.fork()
         if child == 0:
