@@ -6,6 +6,7 @@ pipe; to the state machine of ``test_model`` it looks like a second Cache object
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from model import OneShard, run
 
 import shmcache
 from shmcache import Cache
+from shmcache._member import EngineSettings
+from shmcache._process.peers import Peers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -178,6 +181,61 @@ def test_engines_agree(
     finally:
         child.process.communicate()
     assert child.process.returncode == 0
+
+
+def test_both_engines_in_one_process(
+    make_cache: Callable[..., Cache], clock: Clock
+) -> None:
+    """Their modules have different names, so both can be loaded; they take turns on one
+    segment, as one worker.
+    """
+    compiled = importlib.import_module("shmcache._engine.compiled")
+    interpreted = importlib.import_module("shmcache._engine.interpreted")
+    assert compiled.Engine is not interpreted.Engine
+    assert (compiled.compiled, interpreted.compiled) == (True, False)
+    assert issubclass(Cache, compiled.Engine)
+
+    cache = make_cache(max_entries=20, clock=clock)
+    cache["first"] = 1  # now this process has a worker row
+    attachment = cache.internals.attachment
+    settings = cache.internals.settings
+    engine = interpreted.Engine()
+    engine.closed = False
+    engine._bind(
+        attachment.block.view,
+        attachment.header.geometry,
+        attachment.header.seed,
+        interpreted.MsgpackCodec(),
+        EngineSettings(
+            capacities=settings.capacities(),
+            clock=clock,
+            sliding=settings.sliding,
+            ttl_ns=settings.ttl_ns,
+            jitter_ppm=settings.jitter_ppm,
+            created_at_ns=attachment.header.created_at_ns,
+            lock_timeout_ns=10**9,
+        ),
+        interpreted.recency_buffers(settings.shards),
+        Peers(cache.name, attachment, lambda _: None),
+    )
+    semaphores = engine._open_semaphores([attachment.names.semaphore(0)])
+    engine._join(
+        attachment.guard, attachment.token, attachment.row, 1, attachment.owners
+    )
+    try:
+        for i in range(200):
+            writer, reader = (cache, engine) if i % 2 else (engine, cache)
+            writer.set(i % 30, {"n": i, "text": "x" * (7 * i)})
+            assert reader.get(i % 30) == {"n": i, "text": "x" * (7 * i)}
+            assert reader.incr("count", initial=0) == i + 1
+            if i % 3 == 0:
+                assert writer.delete(i % 30)
+                assert reader.get(i % 30) is None
+        assert cache.check() == []
+        assert cache.stats().recoveries == 0
+    finally:
+        engine._unbind()
+        interpreted.close_semaphores(semaphores)
 
 
 TURNS = 3000
