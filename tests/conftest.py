@@ -75,10 +75,10 @@ def pytest_configure(config: pytest.Config) -> None:
             f"({shmcache.__file__}): reinstall it with a C compiler at hand, "
             "or set SHMCACHE_ENGINE=interpreted for the interpreted engine"
         )
-    if os.environ.get("SHMCACHE_TREE") != "1":
-        for complaint in stale():
-            remedy = "rm -rf build && .venv/bin/pip install '.[test]'"
-            raise pytest.UsageError(f"{complaint}; run: {remedy}")
+    in_tree = os.environ.get("SHMCACHE_TREE") == "1"
+    for complaint in older_than_its_parts() if in_tree else stale():
+        remedy = "rm -rf build && .venv/bin/pip install '.[test]'"
+        raise pytest.UsageError(f"{complaint}; run: {remedy}")
     # A shell that starts this in the background has SIGINT ignored, and programs that
     # tests start would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -114,13 +114,26 @@ def stale() -> Iterator[str]:
     for installed in sorted(used.rglob("*.py")):
         if not (tree / installed.relative_to(used)).is_file():
             yield f"{installed} is not in the tree any more"
-    # A .so wins over the .py beside it, also when only the .py was replaced.
+    # The compiled engine is the one that was built of the parts beside it.
     for file in distribution("shmcache").files or ():
         path = Path(str(file.locate()))
         if file.hash and path.suffix in {".py", ".so"} and path.is_file():
             digest = urlsafe_b64encode(sha256(path.read_bytes()).digest())
             if digest.rstrip(b"=").decode() != file.hash.value:
                 yield f"{path} was changed after it was installed"
+
+
+def older_than_its_parts() -> Iterator[str]:
+    """A compiled engine in the tree that was built before one of its parts changed."""
+    built = sys.modules.get("shmcache._engine.compiled")
+    if built is None:
+        return
+    path = Path(str(built.__file__))
+    parts = [*path.parent.iterdir(), *(path.parent.parent / "_format").iterdir()]
+    for part in parts:
+        kinds = {".py", ".pyx", ".pxd", ".h"}
+        if part.suffix in kinds and part.stat().st_mtime > path.stat().st_mtime:
+            yield f"{path} was built before {part} changed"
 
 
 def pytest_report_header() -> list[str]:

@@ -141,6 +141,29 @@ def test_compiled_unit_includes_its_parts_from_low_to_high() -> None:
         assert needed <= set(included[:at]), f"{module} is included too early"
 
 
+def test_engine_calls_nothing_back_up() -> None:
+    """The classes of the engine are a chain, and each calls only itself and the earlier
+    ones; what the engine cannot know it asks its ``peers``.
+    """
+    unit = (PACKAGE / "_engine/compiled.pyx").read_text("utf-8")
+    known: set[str] = set()
+    for name in re.findall(r'^include "(\w+)\.py"$', unit, re.MULTILINE):
+        tree = ast.parse((PACKAGE / "_engine" / f"{name}.py").read_text("utf-8"))
+        called: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                known.add(node.name)
+            elif (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and isinstance(node.func.value, ast.Name)
+                and node.func.value.id == "self"
+                and node.func.attr.startswith("_")
+            ):
+                called.add(node.func.attr)
+        assert called <= known, f"{name}.py calls what comes later"
+
+
 @pytest.mark.parametrize("module", FILES, ids=".".join)
 def test_files_and_functions_are_short(module: Module) -> None:
     """A reader can hold each file, and each function, in the head."""

@@ -13,6 +13,7 @@ import pytest
 from caches import PATIENCE, MakeCache, contents, python
 
 import shmcache
+from shmcache._format import layout as fmt
 
 if TYPE_CHECKING:
     from conftest import Clock
@@ -274,6 +275,21 @@ def test_stats(make_cache: MakeCache, name: str, clock: Clock) -> None:
     assert shmcache.compiled is stats.compiled
     assert stats.age > 0
     assert stats.sweeps == 1
+
+
+def test_stats_say_when_they_are_of_no_moment(make_cache: MakeCache) -> None:
+    """A shard whose writer stands still inside is counted as unstable, and as stable
+    again when the writer has come out.
+    """
+    cache = make_cache(max_entries=100, shards=4)
+    cache["a"] = 1
+    attachment = cache.internals.attachment
+    seq = attachment.header.geometry.shard_at(2) + fmt.S_SEQ
+    assert cache.stats().unstable_shards == 0
+    attachment.words[seq] += 1
+    assert cache.stats().unstable_shards == 1
+    attachment.words[seq] += 1
+    assert cache.stats().unstable_shards == 0
 
 
 def test_stats_add_up(make_cache: MakeCache) -> None:
