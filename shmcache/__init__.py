@@ -1,8 +1,9 @@
 """A bounded LRU + TTL map shared by all worker processes of a host.
 
-``Cache`` is the map, ``HandleMap`` that of handles; ``ConnectionPools``,
-``CorrelationMap`` and ``ConfigCache`` are ready-made of them.  ``errors`` holds what
-can go wrong.
+``Cache`` is the map, and ``HandleMap`` is the map for objects that cannot be shared.
+``ConnectionPools``, ``CorrelationMap`` and ``ConfigCache`` are ready-made maps, built
+from these two.  ``errors`` has the errors that they raise.  ``help(shmcache.Cache)``
+lists the methods.
 """
 
 from __future__ import annotations

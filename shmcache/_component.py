@@ -47,11 +47,11 @@ class Component:
         return all(part.closed for part in self._parts.values())
 
     def parts(self) -> dict[str, Cache | HandleMap]:
-        """The shared parts by what they are for; collectors read them."""
+        """Return the caches and handle maps that this map uses, by their purpose."""
         return dict(self._parts)
 
     def stats(self) -> Any:
-        """Counts of all parts, as a frozen dataclass."""
+        """Return counts of all parts, as a frozen dataclass."""
         raise NotImplementedError
 
     def sweep(self) -> int:
@@ -63,7 +63,7 @@ class Component:
         return sum(part.sweep() for part in self._parts.values())
 
     def check(self) -> list[str]:
-        """What is wrong with the parts.  O(size).
+        """Return what is wrong with the parts.  O(size).
 
         Returns:
             A sentence for each finding; an empty list when all is well.
@@ -75,7 +75,7 @@ class Component:
         ]
 
     def unlink(self) -> None:
-        """Remove the names of all parts now, as ``Cache.unlink``."""
+        """Remove the names of all parts now, as ``Cache.unlink`` does."""
         for part in self._parts.values():
             part.unlink()
 
@@ -106,7 +106,7 @@ class Component:
         self.close()
 
     def __reduce__(self) -> Any:
-        """Pickles as its arguments: the other process opens the same parts."""
+        """Pickle the map as its arguments; the other process opens the same parts."""
         return self._made_by, ()
 
     def __repr__(self) -> str:

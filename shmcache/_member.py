@@ -252,7 +252,7 @@ class Member(Engine):
     # --- a member's duty ------------------------------------------------------------
 
     def sweep(self, budget: float | None = None) -> int:
-        """Remove what has expired; each process does this by itself from time to time.
+        """Remove expired entries; each process does this by itself from time to time.
 
         O(expired), in short holds of one lock.
 
@@ -260,7 +260,7 @@ class Member(Engine):
             budget: Seconds after which to stop; None: when nothing is left.
 
         Returns:
-            How many entries went.
+            How many entries were removed.
         """
         self._require_open()
         check_budget(budget, "budget")

@@ -1,8 +1,9 @@
 """The public face: one bounded LRU + TTL map, shared by the processes of a host.
 
-The hot methods - ``get``, ``set``, ``add``, ``incr``, ``delete`` and others - stand in
-``_engine/operations.py``, whose class is the base of ``Cache``; here is what
-a call can afford: settings, life, iteration, single flight, statistics.
+The methods that must be fast - ``get``, ``set``, ``add``, ``incr``, ``delete`` and
+others - stand in ``_engine/operations.py``, whose class ``Engine`` is a base of
+``Cache``.  Here stands what may take longer: settings, coming and going, iteration,
+single flight, statistics.
 """
 
 from __future__ import annotations
@@ -59,20 +60,32 @@ class Cache(Member):
     ``Cache(name)`` creates the segment of that name, or attaches to it if another
     process of the same user has created it; the settings must agree then.
 
-    The methods that must be fast are inherited from ``Engine``, and stand with their
-    docstrings in ``shmcache/_engine/operations.py``: ``get``, ``peek``, ``get_many``,
-    ``gets``, ``ttl``, ``in``, ``[key]``; ``set``, ``set_many``, ``add``, ``replace``,
-    ``cas``, ``touch``, ``incr``, ``decr``, ``[key] = value``; ``delete``,
-    ``delete_many``, ``pop``, ``del [key]``.  ``sweep`` stands in
-    ``shmcache/_member.py``, and all other methods stand here.  All of them are safe to
-    use from any thread and process.
+    All methods are safe to call from any thread and any process:
+
+    - ``get``, ``cache[key]`` and ``get_many`` read; ``gets`` reads with a token for
+      ``cas``; ``peek``, ``key in cache`` and ``ttl`` look without counting as a use.
+    - ``set``, ``cache[key] = value`` and ``set_many`` store; ``add`` stores only if the
+      key is absent, ``replace`` only if it is there, ``cas`` only if it is unchanged.
+    - ``incr`` and ``decr`` change a number; ``touch`` renews the time to live.
+    - ``delete``, ``del cache[key]``, ``delete_many`` and ``pop`` remove.
+    - ``get_or_set`` and ``memoize`` compute what is missing, once for the whole host.
+    - ``clear`` removes all entries, or those with a prefix; ``popitem`` removes the
+      least recently used one; ``setdefault``, ``update``, ``keys``, ``values``,
+      ``items``, ``len`` and iteration work as with a dict.
+    - ``sweep`` removes what has expired; ``stats`` counts; ``check`` looks for damage.
+    - ``close`` leaves the cache, ``unlink`` removes its names, and ``Cache.attach``
+      opens a cache that exists.
+
+    The methods of the first four points must be fast.  They are inherited from
+    ``Engine``, so ``help`` shows them after the others, and their code stands in
+    ``shmcache/_engine/operations.py``.
 
     Args:
         name: 1 to 100 letters, digits, ".", "_" or "-".
-        max_entries: How many entries there are at most; 0: the bytes alone are bounded.
+        max_entries: The largest number of entries; 0: only bytes bound the cache.
         max_bytes: Room for keys and values, an int or a text such as "64 MiB".  The
-            default is 512 bytes an entry, at least 1 MiB.  Bookkeeping, 72 bytes an
-            entry, comes on top.  All of it is reserved at creation.
+            default is 512 bytes an entry, at least 1 MiB.  Bookkeeping comes
+            on top: 68 bytes an entry and 4 bytes a block.  All is reserved at creation.
         ttl: Seconds that an entry lives by default; None: for ever.
         sliding: Whether a hit renews the time of its entry.
         jitter: Each TTL is shortened by a random part of up to this much, 0 to 1.
@@ -142,12 +155,11 @@ class Cache(Member):
         """Attach to an existing cache, with its own settings.
 
         Args:
-            name: As of ``Cache``; so are ``lock_timeout`` and ``clock``.
-            lock_timeout: Seconds.
-            codec: Is needed only for a codec that cannot be made from its name, and to
-                read and write what is pickled: the segment's word is not enough for
-                that.
-            clock: The one that the other processes use.
+            name: The name of the cache.
+            lock_timeout: Seconds to wait for a lock before LockTimeout.
+            codec: It is needed only for a codec that cannot be made from its name, and
+                for "pickle", which is never used only because the segment names it.
+            clock: The clock that the other processes use.
 
         Raises:
             SegmentNotFound: Nobody has created the cache, or all its users have gone.
@@ -206,7 +218,7 @@ class Cache(Member):
         self.close()
 
     def __reduce__(self) -> Any:
-        """Pickles as its name: the other process attaches to the same segment."""
+        """Pickle the cache as its name, by which the other process attaches to it."""
         return _attached, (
             type(self),
             self.name,
@@ -262,7 +274,7 @@ class Cache(Member):
         *,
         timeout: float | None = None,
     ) -> Any:
-        """The value of a key; ``factory()`` computes and stores it when it is absent.
+        """Return the value of a key; if it is absent, compute and store it.
 
         Over all processes of the host one caller computes, and the others wait for its
         result.  What the factory raises reaches its own caller, and the next one in the
@@ -270,7 +282,7 @@ class Cache(Member):
 
         Args:
             key: The key.
-            factory: Computes the value.  Asking it for the same key again is refused.
+            factory: Computes the value.  It must not ask for the same key.
             ttl: Seconds to live; None: for ever; left out: the cache's default.
             timeout: Seconds to wait for another caller's result; None: as long as it
                 takes.
@@ -335,9 +347,9 @@ class Cache(Member):
         key: Callable[..., Any] | None = None,
         typed: bool = False,
     ) -> Callable[[Callable[..., Any]], Any]:
-        """A decorator that remembers a function's results in this cache.
+        """Return a decorator that remembers a function's results in this cache.
 
-        All processes share the results, and of callers that miss at once one computes.
+        All processes share the results.  If several callers miss at once, one computes.
         Arguments must be valid keys (str, bytes, int, tuples of them; None, bool and
         float are taken, too), or ``key`` makes a key of them.
 
@@ -373,10 +385,11 @@ class Cache(Member):
         Entries that are stored meanwhile stay.  O(buckets), in short holds of one lock.
 
         Args:
-            prefix: A str, bytes or tuple; of a tuple key the first elements count.
+            prefix: A str, bytes or tuple.  A tuple is a prefix of all tuples that begin
+                with its elements.
 
         Returns:
-            How many entries went.
+            How many entries were removed.
         """
         self._require_open()
         kind, data = 0, b""
@@ -405,7 +418,7 @@ class Cache(Member):
     # --- as a mapping ---------------------------------------------------------------
 
     def __len__(self) -> int:
-        """The number of live entries; removes what has expired first."""
+        """Return the number of live entries, after removing what has expired."""
         self._require_open()
         for shard in range(self._settings.shards):
             while self._is_due(shard) and self._step(shard, STEP) >= 0:
@@ -420,15 +433,15 @@ class Cache(Member):
         return total
 
     def __bool__(self) -> bool:
-        """True: a cache is not nothing because it is empty."""
+        """Return True: an empty cache is true, too."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over all keys, in no order.
 
-        An entry that lives throughout is met exactly once.  Iteration is no use of the
-        entries.  It holds a lock for some dozens of entries at a time, so others go on
-        writing.
+        An entry that lives throughout is met exactly once.  Iteration does not count
+        as a use of the entries.  It holds a lock for some dozens of entries at a time,
+        so others go on writing.
         """
         for kind, key, *_ in self._entries(values=False):
             yield decode_key(kind, key)
@@ -456,15 +469,15 @@ class Cache(Member):
             yield decode_key(kind, key), decode_tagged(self._codec, tag, data)
 
     def keys(self) -> KeysView[Any]:
-        """The keys, as a view: ``len``, ``in``, iteration."""
+        """Return a view of the keys, with ``len``, ``in`` and iteration."""
         return KeysView(self)
 
     def values(self) -> ValuesView[Any]:
-        """The values, as a view."""
+        """Return a view of the values."""
         return Values(self, self._iter_values)
 
     def items(self) -> ItemsView[Any, Any]:
-        """The pairs of key and value, as a view; each pair was so at one moment."""
+        """Return a view of the pairs of key and value; each pair is of one moment."""
         return Items(self, self._iter_items)
 
     # --- seeing ---------------------------------------------------------------------
@@ -515,7 +528,7 @@ class Cache(Member):
         return counts
 
     def check(self) -> list[str]:
-        """Say what is wrong with the segment, a sentence each; empty when it is sound.
+        """Return what is wrong with the segment, as sentences; [] when it is sound.
 
         An independent reader of the format reads every record and every list, a shard
         at a time, from a copy made under the shard's lock.  O(size).

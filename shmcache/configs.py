@@ -143,7 +143,7 @@ class _ProcessState:
 
 
 class ConfigCache(Component):
-    """Configurations that are loaded once per host; with watchers and listeners.
+    """Configurations, each loaded once per host, with watchers and listeners.
 
     Args:
         name: What the names of the shared parts begin with, the same in all workers.
@@ -241,7 +241,7 @@ class ConfigCache(Component):
         *,
         timeout: float | None = None,
     ) -> Any:
-        """The configuration of a key, loaded by one caller of the host if absent.
+        """Return the configuration of a key; if it is absent, one caller loads it.
 
         What the loader raises reaches its caller, and another one of those that wait
         loads then.
@@ -269,7 +269,7 @@ class ConfigCache(Component):
         *,
         timeout: float | None = None,
     ) -> Any:
-        """The configuration of a key as it is from now on: loaded anew, once.
+        """Load the configuration of a key anew, once for the host, and return it.
 
         A load that another caller began after this call serves as well.  If the loader
         raises, the former configuration stays.
@@ -300,7 +300,7 @@ class ConfigCache(Component):
         self._listeners.look_without_sweeper()
 
     def version(self, key: Any) -> Version | None:
-        """The stored configuration of a key with its number; None when absent."""
+        """Return the stored configuration of a key with its number, or None."""
         entry, number = self._configs.gets(key)
         return None if number is None else Version(number, entry[1])
 
@@ -323,15 +323,15 @@ class ConfigCache(Component):
         return self._configs.clear()
 
     def __contains__(self, key: Any) -> bool:
-        """Whether a configuration is stored; not a use."""
+        """Return whether a configuration is stored; not a use."""
         return key in self._configs
 
     def __len__(self) -> int:
-        """The number of configurations that are stored."""
+        """Return the number of configurations that are stored."""
         return len(self._configs)
 
     def __bool__(self) -> bool:
-        """True, also without any configuration."""
+        """Return True, also without any configuration."""
         return True
 
     def _load(self, key: Any, loader: Any, asked: int, timeout: float | None) -> Any:
@@ -383,7 +383,7 @@ class ConfigCache(Component):
         start: Callable[[Callable[[], None]], Any],
         loader: Callable[[Any], Any] | None = None,
     ) -> Any:
-        """This worker's watcher of a key, started when there is none.
+        """Return this worker's watcher of a key, started if there is none.
 
         An evicted watcher is stopped.  A reload that fails is logged and counted, and
         the former configuration stays.
@@ -415,7 +415,7 @@ class ConfigCache(Component):
         )
 
     def unwatch(self, key: Any) -> bool:
-        """Stop this worker's watcher of a key; False if there was none."""
+        """Stop this worker's watcher of a key; return whether there was one."""
         return self._watchers.discard(key)
 
     def _changed(self, key: Any, loader: Any) -> None:

@@ -120,7 +120,7 @@ class Correlation:
 
 
 class CorrelationMap(Component):
-    """From request id to this worker's live span; all workers may read its data.
+    """A map from request id to this worker's live span; all workers read its data.
 
     A span is any object with ``end()`` and ``set_attribute(name, value)``, such as
     OpenTelemetry's.  An id is any key of a ``Cache``.  An evicted span is given the
@@ -233,11 +233,11 @@ class CorrelationMap(Component):
             raise
 
     def get(self, correlation_id: Any, default: Any = None) -> Any:
-        """This worker's live span of an id, or ``default``; a use.  O(1)."""
+        """Return this worker's live span of an id, or ``default``; a use.  O(1)."""
         return self._map.get(correlation_id, default)
 
     def lease(self, correlation_id: Any) -> AbstractContextManager[Any]:
-        """This worker's span of an id, which is not ended before the block ends.
+        """Yield this worker's span of an id, which is not ended before the block ends.
 
         Raises:
             KeyError: This worker has no span of the id.
@@ -268,7 +268,7 @@ class CorrelationMap(Component):
         return True
 
     def find(self, correlation_id: Any) -> Correlation | None:
-        """What is known of an id, whichever worker has its span; not a use.
+        """Return what is known of an id, whichever worker has its span; not a use.
 
         O(workers).  If several workers have a span of the id, the one that was started
         last is returned; if none has, None.
@@ -277,14 +277,14 @@ class CorrelationMap(Component):
         return max(found, key=lambda c: c.started, default=None)
 
     def find_all(self, correlation_id: Any) -> list[Correlation]:
-        """What is known of an id in each worker that has a span of it.  O(workers)."""
+        """Return what each worker that has a span of an id knows of it.  O(workers)."""
         return [
             _correlation(correlation_id, pid, value)
             for pid, value in self._map.owners(correlation_id)
         ]
 
     def host(self) -> list[Correlation]:
-        """All correlations of all workers, in no order; no use of them.  O(entries)."""
+        """Return the correlations of all workers; not a use of them.  O(entries)."""
         return [_correlation(e.key, e.pid, e.value) for e in self._map.host()]
 
     def clear(self) -> int:
@@ -296,19 +296,22 @@ class CorrelationMap(Component):
         return self._map.clear()
 
     def __contains__(self, correlation_id: Any) -> bool:
-        """Whether this worker has a live span of an id; not a use."""
+        """Return whether this worker has a live span of an id; not a use."""
         return correlation_id in self._map
 
     def __len__(self) -> int:
-        """The number of live spans that this worker has."""
+        """Return the number of live spans that this worker has."""
         return len(self._map)
 
     def __bool__(self) -> bool:
-        """True, also without any span."""
+        """Return True, also without any span."""
         return True
 
     def stats(self) -> CorrelationStats:
-        """Counts of the host and of this worker.  O(shards + workers + own spans)."""
+        """Return counts of the host and of this worker.
+
+        O(shards + workers + own spans).
+        """
         return CorrelationStats(spans=self._map.stats())
 
     def _register(

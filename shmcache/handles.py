@@ -107,12 +107,12 @@ class HandleMap:
     """A bounded map of this process's handles; the bound holds for the whole host.
 
     Handles are objects that cannot be shared: connections, spans, watchers.  The map
-    keeps them, and shared memory only records that they exist.  The owner of a handle
-    that has gone calls
+    keeps them, and shared memory only records that they exist.  When a handle has been
+    removed from the map, its owner calls
 
         on_evict(key, handle, cause)
 
-    in a thread, once, within some 40 ms, with a cause EXPIRED, CAPACITY, DELETED,
+    in a thread, once, within some 40 ms.  The cause is EXPIRED, CAPACITY, DELETED,
     REPLACED, CLEARED or CLOSED (``shmcache.Cause``).  What it raises is logged and
     counted.
 
@@ -122,9 +122,9 @@ class HandleMap:
     Args:
         name: The name of the map, the same in all workers.
         max_entries: The largest number of registered handles of all workers together.
-            The least recently used of all goes first.
-        ttl: Seconds until an unused handle goes, or any handle if ``sliding`` is False;
-            None: never.
+            The least recently used of all is evicted first.
+        ttl: Seconds until an unused handle is evicted, or any handle if ``sliding`` is
+            False; None: never.
         sliding: Whether a use of a handle renews its time.
         cleanup_interval: As for ``Cache``.
         on_evict: The callback that closes a handle; ``set`` may name another one for
@@ -138,8 +138,8 @@ class HandleMap:
 
     Raises:
         ShmCacheError: For the same reasons as ``Cache``.
-        TypeError: An argument has a wrong type.
-        ValueError: An argument is out of bounds.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class HandleMap:
         lock_timeout: float = 5.0,
         clock: Callable[[], float] | None = None,
     ) -> Self:
-        """An existing map, with the settings that it was created with.
+        """Attach to an existing map, with the settings that it was created with.
 
         Args:
             name: The name of the map.
@@ -286,7 +286,7 @@ class HandleMap:
     # --- handles ----------------------------------------------------------------------
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """This worker's handle of a key; a use, which renews its LRU rank.  O(1).
+        """Return this worker's handle of a key; this counts as a use.  O(1).
 
         Another worker may evict the handle at any time, and it is closed some 40 ms
         later.  A caller that uses it longer takes a ``lease``.
@@ -305,7 +305,7 @@ class HandleMap:
         return default
 
     def __getitem__(self, key: Any) -> Any:
-        """As ``get``; KeyError when absent."""
+        """Return this worker's handle, as ``get`` does, or raise KeyError."""
         handle = self.get(key, MISSING)
         if handle is MISSING:
             raise KeyError(key)
@@ -348,7 +348,7 @@ class HandleMap:
         state.delivery.deliver()
 
     def __setitem__(self, key: Any, handle: Any) -> None:
-        """As ``set`` with the map's TTL and callback."""
+        """Register a handle, as ``set`` does, with the map's TTL and callback."""
         self.set(key, handle)
 
     def get_or_create(
@@ -360,7 +360,7 @@ class HandleMap:
         ttl: Ttl = ...,
         on_evict: Callable[[Any, Any, Cause], object] | None = None,
     ) -> Any:
-        """This worker's handle of a key, made by ``factory()`` when there is none.
+        """Return this worker's handle of a key; ``factory()`` makes an absent one.
 
         If many threads ask at once, one makes the handle and the others wait.  What the
         factory raises reaches its caller, and another one of those that wait tries
@@ -394,7 +394,7 @@ class HandleMap:
         ttl: Ttl = ...,
         on_evict: Callable[[Any, Any, Cause], object] | None = None,
     ) -> Iterator[Any]:
-        """A handle that stays open until the block ends, even if evicted meanwhile.
+        """Yield a handle that stays open until the block ends, even if it is evicted.
 
         Args:
             key: Any key of a ``Cache``.
@@ -422,7 +422,7 @@ class HandleMap:
                 self._registry.count_if_joined(L.R_RETURNED)
 
     def discard(self, key: Any) -> bool:
-        """Close this worker's handle of a key (DELETED); False if there was none."""
+        """Close this worker's handle of a key (DELETED); return whether it was open."""
         state = self._state()
         shared = state.shared_key(key)
         found = self._registry.discard(shared, 0, Cause.DELETED)
@@ -430,7 +430,7 @@ class HandleMap:
         return found
 
     def __delitem__(self, key: Any) -> None:
-        """As ``discard``; KeyError when absent."""
+        """Close this worker's handle, as ``discard`` does, or raise KeyError."""
         if not self.discard(key):
             raise KeyError(key)
 
@@ -455,35 +455,35 @@ class HandleMap:
         return default
 
     def __contains__(self, key: Any) -> bool:
-        """Whether this worker has a handle of a key; not a use.  O(1)."""
+        """Return whether this worker has a handle of a key; not a use.  O(1)."""
         state = self._state()
         shared = state.shared_key(key)
         return shared in state.handles and shared in self._registry
 
     def __len__(self) -> int:
-        """The number of handles that this worker has registered."""
+        """Return the number of handles that this worker has registered."""
         state = self._state()
         state.delivery.deliver()
         return len(state.handles)
 
     def __bool__(self) -> bool:
-        """True, also for an empty map."""
+        """Return True, also for an empty map."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
-        """This worker's keys, as they are now; no use of the handles."""
+        """Iterate over this worker's keys, as they are now; not a use."""
         return iter([key for key, _ in self.items()])
 
     def keys(self) -> list[Any]:
-        """This worker's keys; no use of the handles."""
+        """Return this worker's keys; this does not count as a use."""
         return list(self)
 
     def values(self) -> list[Any]:
-        """This worker's handles; no use of them."""
+        """Return this worker's handles; this does not count as a use."""
         return [handle for _, handle in self.items()]
 
     def items(self) -> list[tuple[Any, Any]]:
-        """This worker's keys and handles; no use of them."""
+        """Return this worker's keys and handles; this does not count as a use."""
         state = self._state()
         state.delivery.deliver()
         return [(record.key, record.handle) for record in list(state.handles.values())]
@@ -491,14 +491,14 @@ class HandleMap:
     # --- the host ---------------------------------------------------------------------
 
     def host(self) -> list[HostEntry]:
-        """The registered handles of all workers, in no order; no use of them.
+        """Return the registered handles of all workers, in no order; not a use.
 
         O(entries) in short holds of one lock.
         """
         return [HostEntry(*entry) for entry in self._registry.host_entries()]
 
     def owners(self, key: Any) -> list[tuple[int, Any]]:
-        """The workers that have a handle of a key; no use of the handles.  O(workers).
+        """Return the workers that have a handle of a key; not a use.  O(workers).
 
         Returns:
             The PID of each, and the value that it registered with its handle.
@@ -535,7 +535,10 @@ class HandleMap:
         return removed
 
     def stats(self) -> HandleStats:
-        """Counts of the host and of this worker.  O(shards + workers + own handles)."""
+        """Return counts of the host and of this worker.
+
+        O(shards + workers + own handles).
+        """
         state = self._state()
         state.delivery.deliver()
         with state.lock:
@@ -549,7 +552,7 @@ class HandleMap:
         )
 
     def check(self) -> list[str]:
-        """What is wrong with the segment or this worker's table.  O(size).
+        """Return what is wrong with the segment or this worker's table.  O(size).
 
         Returns:
             A sentence for each finding; an empty list when all is well.
@@ -596,7 +599,7 @@ class HandleMap:
         return done
 
     def unlink(self) -> None:
-        """Remove the map's names now, as ``Cache.unlink``."""
+        """Remove the map's names now, as ``Cache.unlink`` does."""
         self._registry.unlink()
 
     def __enter__(self) -> Self:
@@ -606,7 +609,7 @@ class HandleMap:
         self.close()
 
     def __reduce__(self) -> Any:
-        """Pickles as its settings: the other process opens the same map, empty."""
+        """Pickle the map as its settings; the other process begins without handles."""
         return self._made_by, ()
 
     def __repr__(self) -> str:

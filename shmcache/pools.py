@@ -159,7 +159,7 @@ class ConnectionPools(Component):
         self._opened({"pools": self._map})
 
     def get(self, server: Any, factory: Callable[[Any], Any] | None = None) -> Any:
-        """This worker's pool of a server, made when there is none; a use.  O(1).
+        """Return this worker's pool of a server, made if there is none; a use.  O(1).
 
         If many threads ask at once, one makes the pool.  The pool may be closed at any
         time because another worker needs the room; a ``lease`` keeps it open.  What the
@@ -182,7 +182,7 @@ class ConnectionPools(Component):
     def lease(
         self, server: Any, factory: Callable[[Any], Any] | None = None
     ) -> Iterator[Any]:
-        """As ``get``, and the pool stays open until the block ends, even if evicted.
+        """Yield the pool that ``get`` returns; it stays open until the block ends.
 
         Args:
             server: The server.
@@ -192,7 +192,7 @@ class ConnectionPools(Component):
             yield pool
 
     def discard(self, server: Any) -> bool:
-        """Close this worker's pool of a server; False if there was none."""
+        """Close this worker's pool of a server; return whether there was one."""
         return self._map.discard(server)
 
     def clear(self) -> int:
@@ -206,23 +206,26 @@ class ConnectionPools(Component):
         return self._map.clear()
 
     def host(self) -> list[HostEntry]:
-        """The pools of all workers, in no order; no use of them.  O(entries)."""
+        """Return the pools of all workers, in no order; not a use.  O(entries)."""
         return self._map.host()
 
     def __contains__(self, server: Any) -> bool:
-        """Whether this worker has a pool of a server; not a use."""
+        """Return whether this worker has a pool of a server; not a use."""
         return server in self._map
 
     def __len__(self) -> int:
-        """The number of pools that this worker has."""
+        """Return the number of pools that this worker has."""
         return len(self._map)
 
     def __bool__(self) -> bool:
-        """True, also without any pool."""
+        """Return True, also without any pool."""
         return True
 
     def stats(self) -> PoolStats:
-        """Counts of the host and of this worker.  O(shards + workers + own pools)."""
+        """Return counts of the host and of this worker.
+
+        O(shards + workers + own pools).
+        """
         return PoolStats(pools=self._map.stats())
 
     def _maker(self, server: Any, factory: Any) -> Callable[[], Any]:

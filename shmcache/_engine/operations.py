@@ -1,4 +1,4 @@
-"""Operations: the engine's last part, with the public methods of a cache that are hot.
+"""Operations: the engine's last part, with the public methods that must be fast.
 
 ``Cache`` in ``shmcache/cache.py`` is a subclass of ``Engine``; it adds what a call can
 afford to do in Python: settings, coming and going, iteration, single flight,
@@ -117,23 +117,23 @@ class Engine(Numbers):
         return default if value is ABSENT else value
 
     def peek(self, key: Any, default: Any = None) -> Any:
-        """As ``get``, but it counts neither as a use nor as a hit or miss.  O(1)."""
+        """Return what ``get`` returns, without counting a use, hit or miss.  O(1)."""
         value = self._lookup(key, WANTS_VALUE)
         return default if value is ABSENT else value
 
     def __contains__(self, key: Any) -> bool:
-        """Whether a key is there; it is no use of the entry.  O(1)."""
+        """Return whether a key is there; this does not count as a use.  O(1)."""
         return self._lookup(key, 0) is not ABSENT
 
     def __getitem__(self, key: Any) -> Any:
-        """As ``get``, but it raises KeyError when the key is absent.  O(1)."""
+        """Return the value of a key, as ``get`` does, or raise KeyError.  O(1)."""
         value = self._lookup(key, COUNTS_AS_USE | WANTS_VALUE)
         if value is ABSENT:
             raise KeyError(key)
         return value
 
     def get_many(self, keys: Any) -> Any:
-        """Return a dict of those of the keys that are there.  O(keys)."""
+        """Return a dict of the keys that are there, with their values.  O(keys)."""
         self._require_joined()
         found = {}
         for key in keys:
@@ -145,7 +145,7 @@ class Engine(Numbers):
     def gets(self, key: Any) -> tuple:
         """Return ``(value, token)`` for ``cas``; ``(None, None)`` when absent.  O(1).
 
-        The token names this very version of the entry, and no other one ever again.
+        The token stands for this version of the entry, and never for another one.
         """
         return self._read_versioned(key)
 
@@ -174,20 +174,20 @@ class Engine(Numbers):
         Args:
             key: A str, bytes, int or tuple of these.
             value: Anything that the codec takes.
-            ttl: Seconds after which the entry expires; None, never; left out, the
+            ttl: Seconds after which the entry expires; None: never; left out: the
                 default of the cache.
 
         Raises:
             EntryTooLarge: Key and value could never fit.
-            UnsupportedKey: The key is none.
+            UnsupportedKey: The key is no str, bytes, int or tuple of these.
             UnsupportedValue: The codec does not take the value.
-            LockTimeout: The lock was not to be had.  In all these cases nothing is
-                changed.
+            LockTimeout: The lock was not free within ``lock_timeout``.  In all these
+                cases nothing is changed.
         """
         self._put(key, value, ttl, ANY, 0)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """As ``set`` with the default TTL of the cache.  O(1)."""
+        """Store a value, as ``set`` does, with the default TTL of the cache.  O(1)."""
         self._put(key, value, ..., ANY, 0)
 
     def set_many(self, mapping: Any, ttl: Ttl = ...) -> None:
@@ -203,22 +203,25 @@ class Engine(Numbers):
             self._put(key, value, ttl, ANY, 0)
 
     def add(self, key: Any, value: Any, ttl: Ttl = ...) -> bool:
-        """Store only if the key is absent; whether it was stored.  Atomic, O(1)."""
+        """Store a value if the key is absent; return whether it was.  Atomic, O(1)."""
         return self._put(key, value, ttl, ADD, 0) != 0
 
     def replace(self, key: Any, value: Any, ttl: Ttl = ...) -> bool:
-        """Store only if the key is there; whether it was stored.  Atomic, O(1)."""
+        """Store a value if the key is there; return whether it was.  Atomic, O(1)."""
         return self._put(key, value, ttl, REPLACE, 0) != 0
 
     def cas(self, key: Any, value: Any, token: Any, ttl: Ttl = ...) -> bool:
-        """Store only if the entry is unchanged; whether it was stored.  Atomic, O(1).
+        """Store a value if the entry is unchanged since ``gets``.  Atomic, O(1).
 
         Args:
             key: The key.
             value: The new value.
             token: From ``gets``: the entry must still be the version that was returned
                 with it.  None: the key must still be absent.
-            ttl: As of ``set``.
+            ttl: As for ``set``.
+
+        Returns:
+            Whether the value was stored.
         """
         if token is None:
             return self._put(key, value, ttl, ADD, 0) != 0
@@ -229,9 +232,9 @@ class Engine(Numbers):
         return self._put(key, value, ttl, CAS, token) != 0
 
     def touch(self, key: Any, ttl: Ttl = ...) -> bool:
-        """Give an entry a new time to live from now on; whether it was there.  O(1).
+        """Give an entry a new time to live; return whether it was there.  O(1).
 
-        It is a use, too: the entry becomes the most recently used one.
+        This counts as a use: the entry becomes the most recently used one.
         """
         return self._renew_ttl(key, ttl)
 
@@ -243,14 +246,14 @@ class Engine(Numbers):
         initial: Any = None,
         ttl: Ttl = ...,
     ) -> Any:
-        """Add to a number, atomically over all processes; returns the sum.  O(1).
+        """Add to a number, atomically over all processes; return the sum.  O(1).
 
         Args:
             key: The key.
             delta: An int or float.  An int and a float make a float.
             initial: If the key is absent, ``initial + delta`` is stored.
             ttl: Left out, an entry keeps its expiry (in a sliding cache this is a hit,
-                which renews it); else as of ``set``.
+                which renews it); else as for ``set``.
 
         Raises:
             KeyError: The key is absent, and no ``initial`` was given.
@@ -268,7 +271,7 @@ class Engine(Numbers):
         initial: Any = None,
         ttl: Ttl = ...,
     ) -> Any:
-        """Subtract from a number: ``incr`` with ``-delta``.  O(1)."""
+        """Subtract from a number, as ``incr`` with ``-delta`` does.  O(1)."""
         if type(delta) is int or type(delta) is float:
             delta = -delta
         return self.incr(key, delta, initial=initial, ttl=ttl)
@@ -276,16 +279,16 @@ class Engine(Numbers):
     # --- removing -------------------------------------------------------------------
 
     def delete(self, key: Any) -> bool:
-        """Remove an entry; whether it was there.  O(1)."""
+        """Remove an entry; return whether it was there.  O(1)."""
         return self._take(key, False) is not ABSENT
 
     def __delitem__(self, key: Any) -> None:
-        """As ``delete``, but it raises KeyError when the key is absent.  O(1)."""
+        """Remove an entry, as ``delete`` does, or raise KeyError.  O(1)."""
         if self._take(key, False) is ABSENT:
             raise KeyError(key)
 
     def delete_many(self, keys: Any) -> int:
-        """Remove several entries; returns how many were there.  O(keys)."""
+        """Remove several entries; return how many were there.  O(keys)."""
         self._require_joined()
         count = 0
         for key in keys:
