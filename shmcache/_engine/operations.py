@@ -1,8 +1,7 @@
-"""Operations: the engine's last part, with the public methods of a cache that are hot.
+"""Operations: the engine's last part, with the public methods that must be fast.
 
-``Cache`` in ``shmcache/cache.py`` is a subclass of ``Engine``; it adds what a call can
-afford to do in Python: settings, coming and going, iteration, single flight,
-statistics.
+``Cache`` in ``shmcache/cache.py`` is a subclass of ``Engine``; it adds the parts that
+need not be fast: settings, attaching and closing, iteration, single flight, statistics.
 """
 
 import functools
@@ -58,8 +57,8 @@ class Engine(Numbers):
             seed: The seed of its key hashes.
             codec: Turns values into bytes and back.
             settings: An ``EngineSettings``.
-            recency: The process's own, from ``recency_buffers``.
-            peers: What the engine asks of the processes around it.
+            recency: The buffers of this process, from ``recency_buffers``.
+            peers: A ``Peers``, which answers questions about other processes.
         """
         self._bind_words(words, geometry, seed)
         self._bind_recency(recency)
@@ -97,13 +96,13 @@ class Engine(Numbers):
         self.inside = {}
 
     def _is_joined(self) -> bool:
-        """Whether this process may go ahead without ``peers.enter``."""
+        """Return whether this process may go ahead without ``peers.enter``."""
         return self.guard[0] == self.token
 
     # --- reading --------------------------------------------------------------------
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """Return the value of a key, or ``default`` when it is absent.
+        """Return the value of a key, or ``default`` if it is absent.
 
         A hit is a use: it renews the entry's LRU rank, and in a sliding cache its time.
         O(1), without a lock when compiled.
@@ -117,16 +116,16 @@ class Engine(Numbers):
         return default if value is ABSENT else value
 
     def peek(self, key: Any, default: Any = None) -> Any:
-        """As ``get``, but it counts neither as a use nor as a hit or miss.  O(1)."""
+        """Do as ``get``, but count neither a use nor a hit or miss.  O(1)."""
         value = self._lookup(key, WANTS_VALUE)
         return default if value is ABSENT else value
 
     def __contains__(self, key: Any) -> bool:
-        """Whether a key is there; it is no use of the entry.  O(1)."""
+        """Return whether a key is there; this is no use of the entry.  O(1)."""
         return self._lookup(key, 0) is not ABSENT
 
     def __getitem__(self, key: Any) -> Any:
-        """As ``get``, but it raises KeyError when the key is absent.  O(1)."""
+        """Do as ``get``, but raise KeyError if the key is absent.  O(1)."""
         value = self._lookup(key, COUNTS_AS_USE | WANTS_VALUE)
         if value is ABSENT:
             raise KeyError(key)
@@ -143,9 +142,9 @@ class Engine(Numbers):
         return found
 
     def gets(self, key: Any) -> tuple:
-        """Return ``(value, token)`` for ``cas``; ``(None, None)`` when absent.  O(1).
+        """Return ``(value, token)`` for ``cas``, or ``(None, None)`` if absent.  O(1).
 
-        The token names this very version of the entry, and no other one ever again.
+        The token names this version of the entry, and never any other version.
         """
         return self._read_versioned(key)
 
@@ -166,28 +165,27 @@ class Engine(Numbers):
     # --- writing --------------------------------------------------------------------
 
     def set(self, key: Any, value: Any, ttl: Ttl = ...) -> None:
-        """Store a value, in place of the key's former one if there is one.  O(1).
+        """Store a value in place of the key's former value, if there is one.  O(1).
 
-        A full cache gives up what has expired, and then its least recently used
-        entries.
+        A full cache removes expired entries, and then its least recently used ones.
 
         Args:
             key: A str, bytes, int or tuple of these.
             value: Anything that the codec takes.
-            ttl: Seconds after which the entry expires; None, never; left out, the
-                default of the cache.
+            ttl: Seconds after which the entry expires.  With None it never expires; if
+                left out, the default of the cache applies.
 
         Raises:
             EntryTooLarge: Key and value could never fit.
-            UnsupportedKey: The key is none.
+            UnsupportedKey: The key is no str, bytes, int or tuple of these.
             UnsupportedValue: The codec does not take the value.
-            LockTimeout: The lock was not to be had.  In all these cases nothing is
-                changed.
+            LockTimeout: The lock could not be taken in time.  In all these cases
+                nothing is changed.
         """
         self._put(key, value, ttl, ANY, 0)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """As ``set`` with the default TTL of the cache.  O(1)."""
+        """Do as ``set``, with the default TTL of the cache.  O(1)."""
         self._put(key, value, ..., ANY, 0)
 
     def set_many(self, mapping: Any, ttl: Ttl = ...) -> None:
@@ -198,26 +196,26 @@ class Engine(Numbers):
                 f"set_many() takes a mapping, not a {type(mapping).__qualname__};"
                 " make a dict of pairs"
             )
-        self._ttl(ttl)  # a bad one is refused also if there is nothing to store
+        self._ttl(ttl)  # a bad one is refused even if there is nothing to store
         for key, value in mapping.items():
             self._put(key, value, ttl, ANY, 0)
 
     def add(self, key: Any, value: Any, ttl: Ttl = ...) -> bool:
-        """Store only if the key is absent; whether it was stored.  Atomic, O(1)."""
+        """Store if the key is absent; return whether it was stored.  Atomic, O(1)."""
         return self._put(key, value, ttl, ADD, 0) != 0
 
     def replace(self, key: Any, value: Any, ttl: Ttl = ...) -> bool:
-        """Store only if the key is there; whether it was stored.  Atomic, O(1)."""
+        """Store if the key is there; return whether it was stored.  Atomic, O(1)."""
         return self._put(key, value, ttl, REPLACE, 0) != 0
 
     def cas(self, key: Any, value: Any, token: Any, ttl: Ttl = ...) -> bool:
-        """Store only if the entry is unchanged; whether it was stored.  Atomic, O(1).
+        """Store if the entry is unchanged; return whether it was stored.  Atomic, O(1).
 
         Args:
             key: The key.
             value: The new value.
-            token: From ``gets``: the entry must still be the version that was returned
-                with it.  None: the key must still be absent.
+            token: A token from ``gets``: the entry must still have that version.  None
+                means that the key must still be absent.
             ttl: As of ``set``.
         """
         if token is None:
@@ -225,13 +223,13 @@ class Engine(Numbers):
         if type(token) is not int:
             raise TypeError(f"token must be one that gets() returned, not {token!r}")
         if not 0 < token <= L.MASK64:
-            token = 0  # of no entry, like any other that gets() did not return
+            token = 0  # no entry has this version
         return self._put(key, value, ttl, CAS, token) != 0
 
     def touch(self, key: Any, ttl: Ttl = ...) -> bool:
-        """Give an entry a new time to live from now on; whether it was there.  O(1).
+        """Give an entry a new time to live, and return whether it was there.  O(1).
 
-        It is a use, too: the entry becomes the most recently used one.
+        This is a use, too: the entry becomes the most recently used one.
         """
         return self._renew_ttl(key, ttl)
 
@@ -243,20 +241,20 @@ class Engine(Numbers):
         initial: Any = None,
         ttl: Ttl = ...,
     ) -> Any:
-        """Add to a number, atomically over all processes; returns the sum.  O(1).
+        """Add to a number, atomically over all processes, and return the sum.  O(1).
 
         Args:
             key: The key.
-            delta: An int or float.  An int and a float make a float.
+            delta: An int or float.  The sum of an int and a float is a float.
             initial: If the key is absent, ``initial + delta`` is stored.
-            ttl: Left out, an entry keeps its expiry (in a sliding cache this is a hit,
-                which renews it); else as of ``set``.
+            ttl: If left out, an entry keeps its expiry (in a sliding cache the call
+                renews it); otherwise the same as for ``set``.
 
         Raises:
             KeyError: The key is absent, and no ``initial`` was given.
             TypeError: The value is no number.
-            OverflowError: The sum leaves 64 bits.  In all these cases nothing is
-                changed.
+            OverflowError: The sum does not fit into 64 bits.  In all these cases
+                nothing is changed.
         """
         return self._add(key, delta, initial, ttl)
 
@@ -268,7 +266,7 @@ class Engine(Numbers):
         initial: Any = None,
         ttl: Ttl = ...,
     ) -> Any:
-        """Subtract from a number: ``incr`` with ``-delta``.  O(1)."""
+        """Subtract from a number, as ``incr`` does with ``-delta``.  O(1)."""
         if type(delta) is int or type(delta) is float:
             delta = -delta
         return self.incr(key, delta, initial=initial, ttl=ttl)
@@ -276,16 +274,16 @@ class Engine(Numbers):
     # --- removing -------------------------------------------------------------------
 
     def delete(self, key: Any) -> bool:
-        """Remove an entry; whether it was there.  O(1)."""
+        """Remove an entry, and return whether it was there.  O(1)."""
         return self._take(key, False) is not ABSENT
 
     def __delitem__(self, key: Any) -> None:
-        """As ``delete``, but it raises KeyError when the key is absent.  O(1)."""
+        """Do as ``delete``, but raise KeyError if the key is absent.  O(1)."""
         if self._take(key, False) is ABSENT:
             raise KeyError(key)
 
     def delete_many(self, keys: Any) -> int:
-        """Remove several entries; returns how many were there.  O(keys)."""
+        """Remove several entries, and return how many were there.  O(keys)."""
         self._require_joined()
         count = 0
         for key in keys:
@@ -296,7 +294,7 @@ class Engine(Numbers):
     def pop(self, key: Any, default: Any = MISSING) -> Any:
         """Remove an entry and return its value.  O(1).
 
-        Of several processes that pop one key, one gets the value.  When the key is
+        If several processes pop one key, only one gets the value.  If the key is
         absent, ``default`` is returned; without a default, KeyError is raised.
         """
         value = self._take(key, True)
@@ -309,10 +307,11 @@ class Engine(Numbers):
 
 # Interpreted, an exception out of a signal handler may strike between any two
 # bytecodes, and so also between taking the lock and the ``try`` that would give it
-# back.  The outermost call of a thread therefore looks for what it still holds.
+# back.  The outermost call of a thread therefore gives back any lock that it still
+# holds.
 
 if not cython.compiled:
-    # What is raised where words, semaphores or lock file have gone.
+    # These are raised where words, semaphores or the lock file are no longer there.
     OF_CLOSING = (IndexError, OSError, ValueError)
 
     def _guarded(method: Any) -> Any:
