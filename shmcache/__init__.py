@@ -1,8 +1,8 @@
 """A bounded LRU + TTL map shared by all worker processes of a host.
 
-``Cache`` is the map, ``HandleMap`` that of handles; ``ConnectionPools``,
-``CorrelationMap`` and ``ConfigCache`` are ready-made of them.  ``errors`` holds what
-can go wrong.
+``Cache`` is the map, and ``HandleMap`` is a map of handles.  ``ConnectionPools``,
+``CorrelationMap`` and ``ConfigCache`` are ready-made maps on top of them.  All
+exceptions are in ``errors``.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ __all__ = [
     "report",
 ]
 
-# Imported when first asked for: importing the package shall be cheap.
+# These are imported when first used, so that importing the package is fast.
 _LAZY = {
     "ConfigCache": "configs",
     "ConfigSettings": "configs",

@@ -1,4 +1,4 @@
-"""``Component``: what the ready-made maps have in common.
+"""``Component``: the common base of the ready-made maps.
 
 A component has a name and a few shared parts, each a ``Cache`` or a ``HandleMap``, and
 it is closed as a whole.  ``shmcache.report()`` finds the open ones of a process here.
@@ -43,15 +43,15 @@ class Component:
 
     @property
     def closed(self) -> bool:
-        """Whether ``close`` was called in this process."""
+        """Return whether ``close`` was called in this process."""
         return all(part.closed for part in self._parts.values())
 
     def parts(self) -> dict[str, Cache | HandleMap]:
-        """The shared parts by what they are for; collectors read them."""
+        """Return the shared parts by their purpose; collectors read them."""
         return dict(self._parts)
 
     def stats(self) -> Any:
-        """Counts of all parts, as a frozen dataclass."""
+        """Return the counts of all parts, as a frozen dataclass."""
         raise NotImplementedError
 
     def sweep(self) -> int:
@@ -63,7 +63,7 @@ class Component:
         return sum(part.sweep() for part in self._parts.values())
 
     def check(self) -> list[str]:
-        """What is wrong with the parts.  O(size).
+        """Return what is wrong with the parts.  O(size).
 
         Returns:
             A sentence for each finding; an empty list when all is well.
@@ -75,14 +75,14 @@ class Component:
         ]
 
     def unlink(self) -> None:
-        """Remove the names of all parts now, as ``Cache.unlink``."""
+        """Remove the names of all parts now, as ``Cache.unlink`` does."""
         for part in self._parts.values():
             part.unlink()
 
     def close(self, timeout: float = 10.0) -> bool:
         """Close this worker's handles (CLOSED), and leave all parts.
 
-        Calling this twice is fine.
+        A second call does nothing.
 
         Args:
             timeout: Seconds to wait for the callbacks of each part.
@@ -106,7 +106,7 @@ class Component:
         self.close()
 
     def __reduce__(self) -> Any:
-        """Pickles as its arguments: the other process opens the same parts."""
+        """Pickle the arguments; the other process opens the same parts."""
         return self._made_by, ()
 
     def __repr__(self) -> str:
@@ -115,6 +115,6 @@ class Component:
 
 
 def components() -> list[Component]:
-    """The open components of this process whose settings enable metrics, by name."""
+    """Return this process's open components with metrics enabled, by name."""
     found = [c for c in list(_components) if c.metrics and not c.closed]
     return sorted(found, key=lambda c: (c.name, type(c).__name__))

@@ -1,8 +1,8 @@
 """The public face: one bounded LRU + TTL map, shared by the processes of a host.
 
-The hot methods - ``get``, ``set``, ``add``, ``incr``, ``delete`` and others - stand in
-``_engine/operations.py``, whose class is the base of ``Cache``; here is what
-a call can afford: settings, life, iteration, single flight, statistics.
+The methods that must be fast (``get``, ``set``, ``add``, ``incr``, ``delete`` and
+others) are in ``_engine/operations.py``, whose class is the base of ``Cache``.  All
+others are here: settings, attaching and closing, iteration, single flight, statistics.
 """
 
 from __future__ import annotations
@@ -59,35 +59,35 @@ class Cache(Member):
     ``Cache(name)`` creates the segment of that name, or attaches to it if another
     process of the same user has created it; the settings must agree then.
 
-    The methods that must be fast are inherited from ``Engine``, and stand with their
-    docstrings in ``shmcache/_engine/operations.py``: ``get``, ``peek``, ``get_many``,
-    ``gets``, ``ttl``, ``in``, ``[key]``; ``set``, ``set_many``, ``add``, ``replace``,
-    ``cas``, ``touch``, ``incr``, ``decr``, ``[key] = value``; ``delete``,
-    ``delete_many``, ``pop``, ``del [key]``.  ``sweep`` stands in
-    ``shmcache/_member.py``, and all other methods stand here.  All of them are safe to
-    use from any thread and process.
+    The methods that must be fast are inherited from ``Engine``; their docstrings are in
+    ``shmcache/_engine/operations.py``: ``get``, ``peek``, ``get_many``, ``gets``,
+    ``ttl``, ``in``, ``[key]``; ``set``, ``set_many``, ``add``, ``replace``, ``cas``,
+    ``touch``, ``incr``, ``decr``, ``[key] = value``; ``delete``, ``delete_many``,
+    ``pop``, ``del [key]``.  ``sweep`` is in ``shmcache/_member.py``, and all other
+    methods are here.  All of them are safe to use from any thread and process.
 
     Args:
         name: 1 to 100 letters, digits, ".", "_" or "-".
-        max_entries: How many entries there are at most; 0: the bytes alone are bounded.
+        max_entries: The largest number of entries.  With 0, only the bytes are bounded.
         max_bytes: Room for keys and values, an int or a text such as "64 MiB".  The
             default is 512 bytes an entry, at least 1 MiB.  Bookkeeping, 72 bytes an
             entry, comes on top.  All of it is reserved at creation.
-        ttl: Seconds that an entry lives by default; None: for ever.
+        ttl: Seconds that an entry lives by default; None means for ever.
         sliding: Whether a hit renews the time of its entry.
         jitter: Each TTL is shortened by a random part of up to this much, 0 to 1.
         cleanup_interval: Seconds from sweep to sweep in each process.  The default is a
             quarter of the TTL, from 1 s to 5 min.
-        shards: Parts with a lock each.  The default is 1 up to 16,384 entries, and more
-            above.  Entries and bytes are divided evenly, and LRU order holds within a
-            shard.
-        persist: Whether the segment stays when the last process has gone.
+        shards: Parts with a lock each.  The default is 1 for up to 16,384 entries, and
+            more for larger caches.  Entries and bytes are divided evenly, and LRU order
+            holds within a shard.
+        persist: Whether the segment stays when the last process has left it.
         lock_timeout: Seconds to wait for a lock before LockTimeout.
         codec: "msgpack", "msgspec", "pickle" (executes code on reading, so use it only
             where all writers are trusted), "raw" (bytes), or an object with ``dumps``
             and ``loads``.
-        clock: What to use for time: a callable that returns nanoseconds as an int or
-            seconds as a float, the same in all processes.
+        clock: The source of time: a callable that returns nanoseconds as an int or
+            seconds as a float, the same in all processes.  The default is
+            CLOCK_MONOTONIC.
 
     Raises:
         ConfigMismatch: The segment exists with other settings.
@@ -142,15 +142,15 @@ class Cache(Member):
         """Attach to an existing cache, with its own settings.
 
         Args:
-            name: As of ``Cache``; so are ``lock_timeout`` and ``clock``.
+            name: As for ``Cache``.
             lock_timeout: Seconds.
-            codec: Is needed only for a codec that cannot be made from its name, and to
-                read and write what is pickled: the segment's word is not enough for
-                that.
-            clock: The one that the other processes use.
+            codec: Needed only for a codec that cannot be made from its name, and for
+                "pickle": it executes code, so the name in the segment is not enough.
+            clock: The clock that the other processes use.
 
         Raises:
-            SegmentNotFound: Nobody has created the cache, or all its users have gone.
+            SegmentNotFound: Nobody has created the cache, or all its users have left
+                it.
         """
         self = cls.__new__(cls)
         chosen = None if codec is None else make_codec(codec)
@@ -160,7 +160,7 @@ class Cache(Member):
 
     @property
     def internals(self) -> Internals:
-        """What other modules of this package build on; not a public interface."""
+        """Return what other modules of this package use; it is not public."""
         return Internals(
             attachment=self._attachment,
             settings=self._settings,
@@ -206,7 +206,7 @@ class Cache(Member):
         self.close()
 
     def __reduce__(self) -> Any:
-        """Pickles as its name: the other process attaches to the same segment."""
+        """Pickle the cache as its name; the other process attaches to its segment."""
         return _attached, (
             type(self),
             self.name,
@@ -222,7 +222,7 @@ class Cache(Member):
     # --- reading and writing, the slower ones ---------------------------------------
 
     def setdefault(self, key: Any, default: Any = None, ttl: Any = ...) -> Any:
-        """Return the value of a key; store ``default`` when it is absent.  O(1)."""
+        """Return the value of a key; store ``default`` if it is absent.  O(1)."""
         while True:
             value = self.get(key, MISSING)
             if value is not MISSING:
@@ -241,7 +241,7 @@ class Cache(Member):
     def popitem(self) -> tuple[Any, Any]:
         """Remove the least recently used entry, and return its key and value.
 
-        With several shards it is the least recently used entry of one of them.
+        If there are several shards, it is the least recently used entry of one of them.
 
         Raises:
             KeyError: The cache is empty.
@@ -262,18 +262,19 @@ class Cache(Member):
         *,
         timeout: float | None = None,
     ) -> Any:
-        """The value of a key; ``factory()`` computes and stores it when it is absent.
+        """Return the value of a key; compute and store it first if it is absent.
 
-        Over all processes of the host one caller computes, and the others wait for its
-        result.  What the factory raises reaches its own caller, and the next one in the
-        queue computes; if the computing process dies, another takes over.
+        If several callers on the host miss a key, one computes and stores the value,
+        and the others wait for it.  If the factory raises, its caller gets the
+        exception, and another caller computes; if the computing process dies, another
+        one takes over.
 
         Args:
             key: The key.
-            factory: Computes the value.  Asking it for the same key again is refused.
-            ttl: Seconds to live; None: for ever; left out: the cache's default.
-            timeout: Seconds to wait for another caller's result; None: as long as it
-                takes.
+            factory: Computes the value.  It must not ask the cache for the same key.
+            ttl: Seconds to live.  None means for ever; if left out, the cache's default
+                applies.
+            timeout: Seconds to wait for another caller's result; None means no limit.
 
         Raises:
             LockTimeout: The result did not come within ``timeout``.
@@ -282,7 +283,7 @@ class Cache(Member):
         value = self.get(key, MISSING)
         if value is not MISSING:
             return value
-        # Refused before the work is done.
+        # Bad arguments are refused before the work is done.
         if not callable(factory):
             raise TypeError(
                 f"factory must be callable, not {factory!r}; for a value that is"
@@ -302,7 +303,7 @@ class Cache(Member):
     async def _get_or_await(
         self, key: Any, factory: Callable[[], Any], ttl: Any
     ) -> Any:
-        # As get_or_set, for a coroutine function; waiting leaves the loop free.
+        # Do as get_or_set, for a coroutine function; waiting does not block the loop.
         import asyncio
 
         value = self.get(key, MISSING)
@@ -335,11 +336,11 @@ class Cache(Member):
         key: Callable[..., Any] | None = None,
         typed: bool = False,
     ) -> Callable[[Callable[..., Any]], Any]:
-        """A decorator that remembers a function's results in this cache.
+        """Return a decorator that remembers a function's results in this cache.
 
-        All processes share the results, and of callers that miss at once one computes.
+        All processes share the results.  If several callers miss at once, one computes.
         Arguments must be valid keys (str, bytes, int, tuples of them; None, bool and
-        float are taken, too), or ``key`` makes a key of them.
+        float are accepted, too), or ``key`` must make a key of them.
 
         The result of a method belongs to its instance, and so it is not shared with
         other processes, unless the instance's class has a ``__cache_key__`` attribute
@@ -349,7 +350,8 @@ class Cache(Member):
         ``__wrapped__``.  Coroutine functions do not block their loop.
 
         Args:
-            ttl: Seconds a result lives; None: for ever; left out: the cache's default.
+            ttl: Seconds that a result lives.  None means for ever; if left out, the
+                cache's default applies.
             key: ``key(*args, **kwargs)`` makes the key of a call.
             typed: Whether 1, 1.0 and True are different arguments.
         """
@@ -373,10 +375,11 @@ class Cache(Member):
         Entries that are stored meanwhile stay.  O(buckets), in short holds of one lock.
 
         Args:
-            prefix: A str, bytes or tuple; of a tuple key the first elements count.
+            prefix: A str, bytes or tuple.  A tuple removes the tuple keys that begin
+                with its elements.
 
         Returns:
-            How many entries went.
+            How many entries were removed.
         """
         self._require_open()
         kind, data = 0, b""
@@ -405,7 +408,7 @@ class Cache(Member):
     # --- as a mapping ---------------------------------------------------------------
 
     def __len__(self) -> int:
-        """The number of live entries; removes what has expired first."""
+        """Return the number of live entries; expired ones are removed first."""
         self._require_open()
         for shard in range(self._settings.shards):
             while self._is_due(shard) and self._step(shard, STEP) >= 0:
@@ -415,20 +418,20 @@ class Cache(Member):
         for shard in range(self._settings.shards):
             at = self._words_of(shard) + L.S_ENTRIES
             if words[at] > self._attachment.header.geometry.slots:
-                self._step(shard, 0)  # raises, and has the count repaired
+                self._step(shard, 0)  # raises, and rebuilds the count
             total += words[at]
         return total
 
     def __bool__(self) -> bool:
-        """True: a cache is not nothing because it is empty."""
+        """Return True, even if the cache is empty."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over all keys, in no order.
 
         An entry that lives throughout is met exactly once.  Iteration is no use of the
-        entries.  It holds a lock for some dozens of entries at a time, so others go on
-        writing.
+        entries.  It holds a lock only for some dozens of entries at a time, so others
+        can write in between.
         """
         for kind, key, *_ in self._entries(values=False):
             yield decode_key(kind, key)
@@ -456,15 +459,15 @@ class Cache(Member):
             yield decode_key(kind, key), decode_tagged(self._codec, tag, data)
 
     def keys(self) -> KeysView[Any]:
-        """The keys, as a view: ``len``, ``in``, iteration."""
+        """Return a view of the keys, with ``len``, ``in`` and iteration."""
         return KeysView(self)
 
     def values(self) -> ValuesView[Any]:
-        """The values, as a view."""
+        """Return a view of the values."""
         return Values(self, self._iter_values)
 
     def items(self) -> ItemsView[Any, Any]:
-        """The pairs of key and value, as a view; each pair was so at one moment."""
+        """Return a view of the pairs; each key had its value at one moment."""
         return Items(self, self._iter_items)
 
     # --- seeing ---------------------------------------------------------------------
@@ -472,9 +475,9 @@ class Cache(Member):
     def stats(self) -> Stats:
         """Return counts since the segment's creation, over all processes.
 
-        Processes that have gone are included.  Each shard is read at one moment,
-        without its lock; ``unstable_shards`` says for how many that failed.  O(shards +
-        workers).
+        Processes that have left are included.  Each shard is read at one moment,
+        without its lock; ``unstable_shards`` says for how many shards that failed.
+        O(shards + workers).
         """
         self._require_open()
         attachment = self._attachment
@@ -489,7 +492,7 @@ class Cache(Member):
         )
 
     def _shard_words(self, shard: int) -> tuple[tuple[int, ...], bool]:
-        # The words up to the counters' end, and whether they are of one moment.
+        # Return the words up to the counters' end, and whether they are of one moment.
         base = self._words_of(shard)
         words = self._attachment.words
         form = f"{L.S_COUNTERS_END}Q"
@@ -500,7 +503,7 @@ class Cache(Member):
         )
 
     def _writes(self) -> list[int] | None:
-        # The number of writes that each shard has seen; None while one is under way.
+        # Return how many writes each shard has seen; None while one is under way.
         self._require_open()
         words = self._attachment.words
         counts = []
@@ -515,10 +518,11 @@ class Cache(Member):
         return counts
 
     def check(self) -> list[str]:
-        """Say what is wrong with the segment, a sentence each; empty when it is sound.
+        """Return what is wrong with the segment; the list is empty if it is sound.
 
-        An independent reader of the format reads every record and every list, a shard
-        at a time, from a copy made under the shard's lock.  O(size).
+        An independent reader of the format checks every record and every list, a shard
+        at a time, in a copy made under the shard's lock.  Each finding is one sentence.
+        O(size).
         """
         self._require_open()
         geometry = self._attachment.header.geometry
@@ -535,9 +539,9 @@ class Cache(Member):
 
 @dataclass(frozen=True)
 class Internals:
-    """What modules of this package may use of a cache beyond its public methods.
+    """The methods beyond the public ones that modules of this package may use.
 
-    A new object for each use, so that it keeps no cache alive.
+    A new object is made for each use, so that it keeps no cache alive.
     """
 
     attachment: Attachment
@@ -550,7 +554,7 @@ class Internals:
     snapshot: Callable[[int, int, int], bytes]
     # How many writes each shard has seen; None while one is under way.
     writes: Callable[[], list[int] | None]
-    # What single flight uses of this cache.
+    # The in-flight table of this cache, for single flight.
     in_flight: InFlightTable
 
 

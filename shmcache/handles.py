@@ -2,22 +2,22 @@
 
 Problem: a connection, a span or a watcher cannot live in shared memory.  But the number
 that all workers of a host hold together must be bounded, the least recently used of all
-must go first, and each must be closed by the process that opened it, once and only
-once, whatever caused it to go.
+must be removed first, and each must be closed by the process that opened it, once and
+only once, whatever the cause.
 
 Mechanism (the parts are in _handles/): the object stays in its process, in a table.
 The shared map has an entry for it, and that entry is subject to bound, LRU order and
 TTL like any other.  The process that removes an entry leaves a message for its owner.
 Each owner looks for messages every ``LOOK`` seconds, takes the handle out of its table,
-and runs the callback that closes it.  At the same time it applies its own uses, so that
-they count for the others.  benchmarks/handles.py shows what looking costs.  Waking each
-worker by a bell of its own was rejected: the bell would have a name to clean up after
-every death, and it would not ring from one container to the next.
+and runs the callback that closes it.  At the same time it applies its recency buffer,
+so that its uses count for the others.  benchmarks/handles.py shows what looking costs.
+A semaphore or pipe for each worker, to wake it, was rejected: its name would have to be
+removed after every death, and it would not work between containers.
 
 Death in the middle: the handles of a dead owner died with it.  Any process that sees
 that a worker row was freed removes the owner's entries, with the cause OWNER_DIED.  A
-forked child keeps its parent's objects, untouched, for ever: not even their destructors
-run.
+forked child keeps its parent's objects for ever, so that not even their destructors run
+there.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shmcache")
 
-# Seconds between two looks at the eviction mailboxes: LOOK while this process has open
-# handles, IDLE while it has none.
+# This many seconds pass between two looks at the eviction mailboxes: LOOK while this
+# process has open handles, IDLE while it has none.
 LOOK, IDLE = 0.04, 1.0
-# Seconds between two looks for workers that have died.
+# This many seconds pass between two looks for workers that have died.
 REAP = 1.0
 
 
@@ -59,7 +59,7 @@ class HostEntry:
     """A handle of any worker of the host, as every worker can see it.
 
     Attributes:
-        key: The key that its owner registered it under.
+        key: The key under which its owner registered it.
         pid: The process id of its owner.
         age: Seconds since it was registered.
         ttl: Seconds until it expires; None if it never does.
@@ -92,13 +92,13 @@ class HandleStats:
 
     @property
     def entries(self) -> int:
-        """Registered handles of all workers."""
+        """Return how many handles all workers have registered."""
         return self.host.entries
 
 
 # An open map has open handles even if nobody refers to it, so it lives until close().
 _maps: set[HandleMap] = set()
-# States of processes that forked this one.  They are kept for ever, because a
+# These are states of processes that forked this one.  They are kept for ever, because a
 # destructor may close what the parent still uses.
 _inherited: list[ProcessState] = []
 
@@ -107,14 +107,14 @@ class HandleMap:
     """A bounded map of this process's handles; the bound holds for the whole host.
 
     Handles are objects that cannot be shared: connections, spans, watchers.  The map
-    keeps them, and shared memory only records that they exist.  The owner of a handle
-    that has gone calls
+    keeps them, and shared memory only records that they exist.  If a handle was
+    removed, its owner calls
 
         on_evict(key, handle, cause)
 
-    in a thread, once, within some 40 ms, with a cause EXPIRED, CAPACITY, DELETED,
-    REPLACED, CLEARED or CLOSED (``shmcache.Cause``).  What it raises is logged and
-    counted.
+    in a thread, once, within about 40 ms, with a cause EXPIRED, CAPACITY, DELETED,
+    REPLACED, CLEARED or CLOSED (``shmcache.Cause``).  If the callback raises, this is
+    logged and counted.
 
     A key is any key of a ``Cache`` and belongs to the worker: the same key in two
     workers means two handles.
@@ -122,9 +122,9 @@ class HandleMap:
     Args:
         name: The name of the map, the same in all workers.
         max_entries: The largest number of registered handles of all workers together.
-            The least recently used of all goes first.
-        ttl: Seconds until an unused handle goes, or any handle if ``sliding`` is False;
-            None: never.
+            The least recently used one of all is removed first.
+        ttl: Seconds until an unused handle is removed, or any handle if ``sliding`` is
+            False.  None means never.
         sliding: Whether a use of a handle renews its time.
         cleanup_interval: As for ``Cache``.
         on_evict: The callback that closes a handle; ``set`` may name another one for
@@ -191,7 +191,7 @@ class HandleMap:
         lock_timeout: float = 5.0,
         clock: Callable[[], float] | None = None,
     ) -> Self:
-        """An existing map, with the settings that it was created with.
+        """Attach to an existing map, with the settings that it was created with.
 
         Args:
             name: The name of the map.
@@ -245,7 +245,7 @@ class HandleMap:
         )
 
     def _state(self) -> ProcessState:
-        # The state of this process, which joins the map if it has not yet.
+        # Return the state of this process, which joins the map if it has not yet.
         token = self._registry.join()
         state = self._process
         if state.token == token:
@@ -261,12 +261,12 @@ class HandleMap:
 
     @property
     def registry(self) -> Registry:
-        """The shared part, for modules of this package; not a public interface."""
+        """Return the shared part, for modules of this package; it is not public."""
         return self._registry
 
     @property
     def closed(self) -> bool:
-        """Whether ``close`` was called in this process."""
+        """Return whether ``close`` was called in this process."""
         closed: bool = self._registry.closed
         return closed
 
@@ -286,14 +286,15 @@ class HandleMap:
     # --- handles ----------------------------------------------------------------------
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """This worker's handle of a key; a use, which renews its LRU rank.  O(1).
+        """Use this worker's handle of a key, and return it.  O(1).
 
-        Another worker may evict the handle at any time, and it is closed some 40 ms
-        later.  A caller that uses it longer takes a ``lease``.
+        The use renews its LRU rank.  Another worker may evict the handle at any time,
+        and it is closed about 40 ms later.  A caller that uses it for longer takes a
+        ``lease``.
 
         Args:
             key: Any key of a ``Cache``.
-            default: What to return when this worker has no handle of the key.
+            default: The result if this worker has no handle of the key.
         """
         state = self._state()
         shared = state.shared_key(key)
@@ -305,7 +306,7 @@ class HandleMap:
         return default
 
     def __getitem__(self, key: Any) -> Any:
-        """As ``get``; KeyError when absent."""
+        """Do as ``get``, but raise KeyError if there is no handle."""
         handle = self.get(key, MISSING)
         if handle is MISSING:
             raise KeyError(key)
@@ -320,7 +321,7 @@ class HandleMap:
         ttl: Ttl = ...,
         on_evict: Callable[[Any, Any, Cause], object] | None = None,
     ) -> None:
-        """Register a handle; the key's former one, if any, is closed (REPLACED).
+        """Register a handle; the former one of the key, if any, is closed (REPLACED).
 
         If the former handle is this very object, it stays open, and its value and time
         are renewed.  If this raises, the handle is not registered, and the caller
@@ -330,7 +331,8 @@ class HandleMap:
             key: Any key of a ``Cache``.
             handle: The object to keep; not None.
             value: A small value that other workers may read, for example in ``host()``.
-            ttl: Seconds to live; None: for ever; left out: the map's default.
+            ttl: Seconds to live.  None means for ever; if left out, the map's default
+                applies.
             on_evict: A callback for this handle, in place of the map's.
 
         Raises:
@@ -348,7 +350,7 @@ class HandleMap:
         state.delivery.deliver()
 
     def __setitem__(self, key: Any, handle: Any) -> None:
-        """As ``set`` with the map's TTL and callback."""
+        """Do as ``set``, with the map's TTL and callback."""
         self.set(key, handle)
 
     def get_or_create(
@@ -360,11 +362,11 @@ class HandleMap:
         ttl: Ttl = ...,
         on_evict: Callable[[Any, Any, Cause], object] | None = None,
     ) -> Any:
-        """This worker's handle of a key, made by ``factory()`` when there is none.
+        """Return this worker's handle of a key; make it first if there is none.
 
-        If many threads ask at once, one makes the handle and the others wait.  What the
-        factory raises reaches its caller, and another one of those that wait tries
-        then.
+        If many threads ask at once, one makes the handle and the others wait.  If the
+        factory raises, its caller gets the exception, and one of the waiting threads
+        tries next.
 
         Args:
             key: Any key of a ``Cache``.
@@ -374,9 +376,9 @@ class HandleMap:
             on_evict: As for ``set``.
 
         Raises:
-            ReentrantCall: The factory asks for the handle that it is to make.
-            ShmCacheError: The handle could not be registered; ``on_evict`` closes it
-                then (CLOSED).
+            ReentrantCall: The factory asks for the handle that it makes.
+            ShmCacheError: The handle could not be registered; then ``on_evict`` closes
+                it (CLOSED).
         """
         handle = self.get(key, MISSING)
         if handle is not MISSING:
@@ -394,11 +396,11 @@ class HandleMap:
         ttl: Ttl = ...,
         on_evict: Callable[[Any, Any, Cause], object] | None = None,
     ) -> Iterator[Any]:
-        """A handle that stays open until the block ends, even if evicted meanwhile.
+        """Keep a handle open until the block ends, even if it is evicted meanwhile.
 
         Args:
             key: Any key of a ``Cache``.
-            factory: Makes the handle when there is none, as for ``get_or_create``.
+            factory: Makes the handle if there is none, as for ``get_or_create``.
             value: As for ``set``.
             ttl: As for ``set``.
             on_evict: As for ``set``.
@@ -416,7 +418,7 @@ class HandleMap:
             self._registry.count_if_joined(L.R_LEASES)
             yield record.handle
         finally:
-            # In a process that was forked meanwhile the lease is its parent's.
+            # If this process was forked meanwhile, the lease belongs to its parent.
             if state is self._process and state.is_own:
                 state.let_go(record)
                 self._registry.count_if_joined(L.R_RETURNED)
@@ -430,16 +432,16 @@ class HandleMap:
         return found
 
     def __delitem__(self, key: Any) -> None:
-        """As ``discard``; KeyError when absent."""
+        """Do as ``discard``, but raise KeyError if there is no handle."""
         if not self.discard(key):
             raise KeyError(key)
 
     def pop(self, key: Any, default: Any = MISSING) -> Any:
-        """Take a handle out of the map without closing it; the caller closes it.  O(1).
+        """Remove a handle from the map and return it; the caller closes it.  O(1).
 
         Args:
             key: Any key of a ``Cache``.
-            default: What to return when this worker has no handle of the key.
+            default: The result if this worker has no handle of the key.
 
         Raises:
             KeyError: There is no handle of the key, and no default was given.
@@ -455,35 +457,35 @@ class HandleMap:
         return default
 
     def __contains__(self, key: Any) -> bool:
-        """Whether this worker has a handle of a key; not a use.  O(1)."""
+        """Return whether this worker has a handle of a key, without using it.  O(1)."""
         state = self._state()
         shared = state.shared_key(key)
         return shared in state.handles and shared in self._registry
 
     def __len__(self) -> int:
-        """The number of handles that this worker has registered."""
+        """Return the number of handles that this worker has registered."""
         state = self._state()
         state.delivery.deliver()
         return len(state.handles)
 
     def __bool__(self) -> bool:
-        """True, also for an empty map."""
+        """Return True, even if the map is empty."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
-        """This worker's keys, as they are now; no use of the handles."""
+        """Iterate over the keys that this worker has now, without using the handles."""
         return iter([key for key, _ in self.items()])
 
     def keys(self) -> list[Any]:
-        """This worker's keys; no use of the handles."""
+        """Return this worker's keys, without using the handles."""
         return list(self)
 
     def values(self) -> list[Any]:
-        """This worker's handles; no use of them."""
+        """Return this worker's handles, without using them."""
         return [handle for _, handle in self.items()]
 
     def items(self) -> list[tuple[Any, Any]]:
-        """This worker's keys and handles; no use of them."""
+        """Return this worker's keys and handles, without using them."""
         state = self._state()
         state.delivery.deliver()
         return [(record.key, record.handle) for record in list(state.handles.values())]
@@ -491,14 +493,14 @@ class HandleMap:
     # --- the host ---------------------------------------------------------------------
 
     def host(self) -> list[HostEntry]:
-        """The registered handles of all workers, in no order; no use of them.
+        """Return the registered handles of all workers, without using them.
 
-        O(entries) in short holds of one lock.
+        They come in no order.  O(entries), in short holds of one lock.
         """
         return [HostEntry(*entry) for entry in self._registry.host_entries()]
 
     def owners(self, key: Any) -> list[tuple[int, Any]]:
-        """The workers that have a handle of a key; no use of the handles.  O(workers).
+        """Return the workers that have a handle of a key; do not use it.  O(workers).
 
         Returns:
             The PID of each, and the value that it registered with its handle.
@@ -508,7 +510,7 @@ class HandleMap:
     def clear(self) -> int:
         """Close all handles of all workers (CLEARED).
 
-        Other workers close theirs by themselves, within some 40 ms.
+        Other workers close their handles by themselves, within about 40 ms.
 
         Returns:
             How many entries were removed.
@@ -522,7 +524,8 @@ class HandleMap:
         """Remove what has expired, of any worker.
 
         Args:
-            budget: Seconds after which to stop; None: when nothing is left.
+            budget: Seconds after which to stop; None means to stop when nothing is
+                left.
 
         Returns:
             How many entries were removed.
@@ -535,7 +538,7 @@ class HandleMap:
         return removed
 
     def stats(self) -> HandleStats:
-        """Counts of the host and of this worker.  O(shards + workers + own handles)."""
+        """Return counts of host and worker.  O(shards + workers + own handles)."""
         state = self._state()
         state.delivery.deliver()
         with state.lock:
@@ -549,7 +552,7 @@ class HandleMap:
         )
 
     def check(self) -> list[str]:
-        """What is wrong with the segment or this worker's table.  O(size).
+        """Return what is wrong with the segment or this worker's table.  O(size).
 
         Returns:
             A sentence for each finding; an empty list when all is well.
@@ -564,7 +567,7 @@ class HandleMap:
     def close(self, timeout: float = 10.0) -> bool:
         """Close all handles of this worker (CLOSED), and leave the map.
 
-        A leased handle is closed when its lease ends.  Calling this twice is fine.
+        A leased handle is closed when its lease ends.  A second call does nothing.
 
         Args:
             timeout: Seconds to wait for callbacks.
@@ -596,7 +599,7 @@ class HandleMap:
         return done
 
     def unlink(self) -> None:
-        """Remove the map's names now, as ``Cache.unlink``."""
+        """Remove the map's names now, as ``Cache.unlink`` does."""
         self._registry.unlink()
 
     def __enter__(self) -> Self:
@@ -606,7 +609,7 @@ class HandleMap:
         self.close()
 
     def __reduce__(self) -> Any:
-        """Pickles as its settings: the other process opens the same map, empty."""
+        """Pickle the settings; the other process opens the same map without handles."""
         return self._made_by, ()
 
     def __repr__(self) -> str:
@@ -615,7 +618,7 @@ class HandleMap:
 
 
 def _close_maps() -> None:
-    # Runs at the end of the process, while the segments are still there.
+    # This runs at the end of the process, while the segments are still there.
     for open_map in list(_maps):
         if not open_map.closed:
             open_map.close()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from shmcache._format.layout import Cause
 
-# The names that pools have for closing, the most thorough first: urllib3's PoolManager
+# Pools have these methods for closing, the most thorough first: urllib3's PoolManager
 # has only clear(), psycopg2's pools closeall(), redis's disconnect(), SQLAlchemy's
 # dispose().
 _ENDINGS = ("close", "closeall", "disconnect", "dispose", "clear")
@@ -40,7 +40,7 @@ class PoolSettings:
         max_server_pools: The largest number of pools of all workers together.
         server_pool_ttl: How long a pool may go unused.
         pool_cleanup_interval: The time from sweep to sweep in each worker.  An unused
-            pool goes at the first sweep of any worker after its time.
+            pool is removed at the first sweep of any worker after its time.
         enable_pool_metrics: Whether ``shmcache.report()`` includes the pools.
             ``stats()``, and collectors given the pools, always work.
     """
@@ -59,12 +59,18 @@ class PoolSettings:
 
     @classmethod
     def conservative(cls) -> PoolSettings:
-        """For small hosts: 500 pools, unused for up to 1 h, swept every 10 min."""
+        """Return bounds for small hosts.
+
+        500 pools may go unused for 1 h, and are swept every 10 min.
+        """
         return cls(500, 3600.0, 600.0)
 
     @classmethod
     def high_throughput(cls) -> PoolSettings:
-        """For busy hosts: 2,000 pools, unused for up to 2 h, swept every 5 min."""
+        """Return bounds for busy hosts.
+
+        2,000 pools may go unused for 2 h, and are swept every 5 min.
+        """
         return cls(2000, 7200.0, 300.0)
 
 
@@ -80,12 +86,12 @@ class PoolStats:
 
     @property
     def opened(self) -> int:
-        """Pools registered since the start, over all workers, gone ones included."""
+        """Return how many pools all workers have registered since the start."""
         return self.pools.host.handles_opened
 
     @property
     def closed(self) -> int:
-        """Pools that have been closed since the start, over all workers."""
+        """Return how many pools all workers have closed since the start."""
         return self.pools.host.handles_closed
 
 
@@ -100,8 +106,9 @@ class ConnectionPools(Component):
         settings: The bounds, the same in all workers.
         factory: ``factory(server)`` makes a pool; ``get`` and ``lease`` may be given
             another one.
-        close: ``close(pool)`` closes it; left out: the first of the pool's own
-            ``close()``, ``closeall()``, ``disconnect()``, ``dispose()``, ``clear()``.
+        close: ``close(pool)`` closes it.  If left out, this is the first of the pool's
+            own ``close()``, ``closeall()``, ``disconnect()``, ``dispose()``,
+            ``clear()``.
         callback_threads: How many pools may be closed at once in a worker.
         lock_timeout: As for ``Cache``.
         clock: As for ``Cache``.
@@ -159,11 +166,11 @@ class ConnectionPools(Component):
         self._opened({"pools": self._map})
 
     def get(self, server: Any, factory: Callable[[Any], Any] | None = None) -> Any:
-        """This worker's pool of a server, made when there is none; a use.  O(1).
+        """Use this worker's pool of a server, and return it; make it if need be.  O(1).
 
         If many threads ask at once, one makes the pool.  The pool may be closed at any
-        time because another worker needs the room; a ``lease`` keeps it open.  What the
-        factory raises reaches the caller, and nothing is registered.
+        time because another worker needs the room; a ``lease`` keeps it open.  If the
+        factory raises, the caller gets the exception, and nothing is registered.
 
         Args:
             server: The server.
@@ -182,7 +189,7 @@ class ConnectionPools(Component):
     def lease(
         self, server: Any, factory: Callable[[Any], Any] | None = None
     ) -> Iterator[Any]:
-        """As ``get``, and the pool stays open until the block ends, even if evicted.
+        """Do as ``get``, and keep the pool open until the block ends, even if evicted.
 
         Args:
             server: The server.
@@ -198,7 +205,7 @@ class ConnectionPools(Component):
     def clear(self) -> int:
         """Close all pools of all workers.
 
-        Other workers close theirs by themselves, within some 40 ms.
+        Other workers close their pools by themselves, within about 40 ms.
 
         Returns:
             How many pools there were.
@@ -206,23 +213,23 @@ class ConnectionPools(Component):
         return self._map.clear()
 
     def host(self) -> list[HostEntry]:
-        """The pools of all workers, in no order; no use of them.  O(entries)."""
+        """Return the pools of all workers, without using them.  O(entries)."""
         return self._map.host()
 
     def __contains__(self, server: Any) -> bool:
-        """Whether this worker has a pool of a server; not a use."""
+        """Return whether this worker has a pool of a server, without using it."""
         return server in self._map
 
     def __len__(self) -> int:
-        """The number of pools that this worker has."""
+        """Return the number of pools that this worker has."""
         return len(self._map)
 
     def __bool__(self) -> bool:
-        """True, also without any pool."""
+        """Return True, even without any pool."""
         return True
 
     def stats(self) -> PoolStats:
-        """Counts of the host and of this worker.  O(shards + workers + own pools)."""
+        """Return counts of host and worker.  O(shards + workers + own pools)."""
         return PoolStats(pools=self._map.stats())
 
     def _maker(self, server: Any, factory: Any) -> Callable[[], Any]:
@@ -251,7 +258,7 @@ class ConnectionPools(Component):
 
 
 def _ending(pool: Any) -> Callable[[], object]:
-    # The method that closes a pool when no ``close`` was given.
+    # Return the method that closes a pool when no ``close`` was given.
     for name in _ENDINGS:
         method: Callable[[], object] | None = getattr(pool, name, None)
         if callable(method) and not inspect.iscoroutinefunction(method):
