@@ -114,7 +114,7 @@ class Operations:
         }
 
     def time(self, name: str) -> float:
-        """Nanoseconds of one operation, as a mean over one chunk of random keys."""
+        """Return the mean time (ns) of an operation, over one chunk of random keys."""
         keys, dice, entries = self.keys, self._dice, self.entries
         chosen = [keys[dice.randrange(entries)] for _ in range(CHUNK)]
         if name == "get, miss":
