@@ -1,4 +1,4 @@
-"""What the benchmarks share: a description of the machine, and tables."""
+"""Shared parts of the benchmarks: a description of the machine, and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def cpu() -> str:
-    """The name of the CPU, and how many cores this process may use."""
+    """Return the name of the CPU, and how many cores this process may use."""
     name = platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith(("model name", "Model")):
@@ -60,7 +60,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
 
 
 def verdict(ratio: float, target: float | None, *, at_least: bool = False) -> str:
-    """Whether a ratio meets its target, as a word for a table."""
+    """Return whether a ratio meets its target, as a word for a table."""
     if target is None or not shmcache.compiled:
         return ""
     return "met" if (ratio >= target if at_least else ratio <= target) else "MISSED"

@@ -2,10 +2,10 @@
 
 A build is given as the Python interpreter that has it installed.  The builds run the
 operations of ``latency.py`` in processes of their own, in turn, so that other users of
-the machine slow both alike.  The processes are replaced several times, because the
-place of its memory can make a process a tenth slower or faster for all its life.  The
-table has the median over all rounds of the ratio within a round, and the range of the
-middle half of the ratios.
+the machine slow both alike.  The processes are replaced several times, because a
+process can be a tenth slower or faster for all its life, depending on where its memory
+lies.  The table has the median over all rounds of the ratio within a round, and the
+range of the middle half of the ratios.
 
     python benchmarks/compare.py BEFORE/bin/python AFTER/bin/python [--rounds N]
 """
@@ -36,11 +36,11 @@ class Build:
         )
 
     def time(self, operation: str) -> float:
-        """How many nanoseconds one operation took."""
+        """Return how many nanoseconds one operation took."""
         return float(self._ask(operation))
 
     def names(self) -> list[str]:
-        """The operations that can be measured."""
+        """Return the operations that can be measured."""
         return self._ask("names").split("|")
 
     def _ask(self, line: str) -> str:

@@ -28,28 +28,28 @@ Work = Callable[[Cache, list[str]], None]
 
 
 def reading(cache: Cache, keys: list[str]) -> None:
-    """Hits at random."""
+    """Read random keys that are there."""
     get = cache.get
     for key in keys:
         get(key)
 
 
 def writing(cache: Cache, keys: list[str]) -> None:
-    """Overwrites at random."""
+    """Overwrite random keys."""
     store = cache.set
     for key in keys:
         store(key, VALUE)
 
 
 def counting(cache: Cache, keys: list[str]) -> None:
-    """Increments of one key by all processes: the worst case for a lock."""
+    """Increment one key in all processes: this is the worst case for a lock."""
     incr = cache.incr
     for _ in keys:
         incr("the one counter", initial=0)
 
 
 def mixed(cache: Cache, keys: list[str]) -> None:
-    """Mostly hits."""
+    """Mostly read, and sometimes write."""
     for i, key in enumerate(keys):
         if i % 10:
             cache.get(key)
@@ -60,7 +60,7 @@ def mixed(cache: Cache, keys: list[str]) -> None:
 def throughput(
     cache: Cache, keys: list[str], work: Work, n: int, seconds: float
 ) -> float:
-    """Operations per second of ``n`` processes together."""
+    """Return the operations per second of ``n`` processes together."""
     ready_r, ready_w = os.pipe()
     go_r, go_w = os.pipe()
     out_r, out_w = os.pipe()

@@ -30,7 +30,7 @@ IDLE_SECONDS = 5.0
 
 
 def each(call: Callable[[int], object]) -> float:
-    """How many nanoseconds a call takes."""
+    """Return how many nanoseconds a call takes."""
     started = time.perf_counter_ns()
     for n in range(CALLS):
         call(n % 1000)
@@ -38,7 +38,7 @@ def each(call: Callable[[int], object]) -> float:
 
 
 def calls(rounds: int) -> None:
-    """The table of single operations."""
+    """Print the table of single operations."""
     handles = HandleMap(f"handles-{os.getpid()}", max_entries=2000)
     plain: dict[int, object] = {}
     lock = threading.Lock()
@@ -81,7 +81,7 @@ def calls(rounds: int) -> None:
 
 
 def own(name: str, handles: int, link: Connection) -> None:
-    """Run an owner that only waits, and reports when its handles are closed."""
+    """Run an owner that only waits, and that reports when its handles are closed."""
 
     def closed(_key: Any, _handle: Any, _cause: Cause) -> None:
         link.send(time.monotonic())
@@ -98,7 +98,7 @@ def own(name: str, handles: int, link: Connection) -> None:
 
 
 def mailbox(rounds: int) -> None:
-    """How soon an idle owner reads of an eviction, and what reading costs it."""
+    """Measure how soon an idle owner learns of an eviction, and what reading costs."""
     name = f"mailbox-{os.getpid()}"
     here, there = get_context("fork").Pipe()
     owner = get_context("fork").Process(target=own, args=(name, 1000, there))
@@ -110,7 +110,7 @@ def mailbox(rounds: int) -> None:
             here.recv()
             time.sleep(
                 0.003 * (len(taken) % 13)
-            )  # at any phase of the owner's interval
+            )  # at a random phase of the owner's interval
             started = time.monotonic()
             other.clear()
             taken.append((here.recv() - started) * 1e3)

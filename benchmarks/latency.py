@@ -42,7 +42,7 @@ Run = Callable[[Sequence[str]], object]
 
 
 def each(call: Callable[..., Any], *arguments: Any) -> Run:
-    """A run that makes one call for each key."""
+    """Return a run that makes one call for each key."""
 
     def run(keys: Sequence[str]) -> None:
         for key in keys:
@@ -97,7 +97,8 @@ class Operations:
                 dicts.get_many(chosen[i : i + 100])
 
         self.floors: dict[str, Run] = {"floor: get": floor_get, "floor: set": floor_set}
-        # Each run with its floor, and how many times as long as the floor it may take.
+        # The table has each run, its floor, and how many times as long as the floor it
+        # may take.
         self.runs: dict[str, tuple[Run, str, float | None]] = {
             "get, hit": (each(dicts.get), "floor: get", 1.4),
             "get_many(100), per key": (get_many, "floor: get", 1.3),
@@ -113,7 +114,7 @@ class Operations:
         }
 
     def time(self, name: str) -> float:
-        """Nanoseconds of one operation, as a mean over one chunk of random keys."""
+        """Return the mean time (ns) of an operation, over one chunk of random keys."""
         keys, dice, entries = self.keys, self._dice, self.entries
         chosen = [keys[dice.randrange(entries)] for _ in range(CHUNK)]
         if name == "get, miss":
@@ -137,7 +138,7 @@ class Operations:
 
 
 def latency(entries: int, rounds: int) -> None:
-    """The table of single operations."""
+    """Print the table of single operations."""
     operations = Operations(entries)
     names = (*operations.floors, *operations.runs)
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def load(path: str) -> dict[str, Any]:
-    """The content of a TOML file."""
+    """Return the content of a TOML file."""
     with open(path, "rb") as file:
         return tomllib.load(file)
 
@@ -31,14 +31,15 @@ class FileWatcher:
     def __init__(self, path: str, changed: Callable[[], None]) -> None:
         self._path = path
         self._changed = changed
-        self._seen = stamp(path)  # no change after this is missed
+        self._seen = stamp(path)  # no later change is missed
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        # After each second without a change the stamp is compared as well, because
-        # watchfiles loses a change that comes just when it reports that there is none.
+        # After each second without a change the stamp is compared, too, because
+        # watchfiles loses a change that happens just when it reports that there is
+        # none.
         options: dict[str, Any] = {"rust_timeout": 1000, "yield_on_timeout": True}
         for changes in watch(self._path, stop_event=self._stop, **options):
             seen, self._seen = self._seen, stamp(self._path)
@@ -52,7 +53,7 @@ class FileWatcher:
 
 
 def stamp(path: str) -> tuple[int, int, int] | None:
-    """What differs between two states of a file; None if there is no file."""
+    """Return a value that differs between two states of a file; None without a file."""
     try:
         found = os.stat(path)
     except FileNotFoundError:

@@ -20,7 +20,7 @@ pools = ConnectionPools(
 
 
 def fetch(url: str) -> bytes:
-    """The page at a URL; its connection is kept for the next call."""
+    """Return the page at a URL; its connection is kept for the next call."""
     parts = urlsplit(url)
     with pools.lease(f"{parts.scheme}://{parts.netloc}") as client:
         answer: httpx.Response = client.get(parts.path or "/")

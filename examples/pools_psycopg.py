@@ -20,7 +20,7 @@ pools = ConnectionPools(
 
 
 def query(dsn: str, statement: str) -> list[tuple[Any, ...]]:
-    """The rows that a statement returns."""
+    """Return the rows that a statement returns."""
     with pools.lease(dsn) as pool, pool.connection() as connection:
         rows: list[tuple[Any, ...]] = connection.execute(statement).fetchall()
         return rows

@@ -20,7 +20,7 @@ pools = ConnectionPools(
 
 
 def fetch(url: str) -> bytes:
-    """The page at a URL; its connection is kept for the next call."""
+    """Return the page at a URL; its connection is kept for the next call."""
     with pools.lease(urlsplit(url).netloc) as session:
         answer: requests.Response = session.get(url, timeout=10)
         answer.raise_for_status()

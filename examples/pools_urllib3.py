@@ -19,7 +19,7 @@ pools = ConnectionPools(
 
 
 def fetch(url: str) -> bytes:
-    """The page at a URL; its connection is kept for the next call."""
+    """Return the page at a URL; its connection is kept for the next call."""
     parts = urllib3.util.parse_url(url)
     server = f"{parts.scheme}://{parts.netloc}"
     with pools.lease(server) as pool:

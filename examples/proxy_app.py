@@ -4,7 +4,7 @@ The answer to ``GET /8001/path`` is that of http://127.0.0.1:8001/path.  Run the
 
     PROXY_BOUND=20 gunicorn -w 4 proxy_app:app
 
-or let proxy_run.py run it, which compares it with the same app with plain dicts
+or run proxy_run.py, which compares it with the same app with plain dicts
 (PROXY_BOUND=0).
 """
 
@@ -27,7 +27,7 @@ NAME = os.environ.get("PROXY_NAME", "proxy")
 
 
 def connect(server: str) -> urllib3.HTTPConnectionPool:
-    """A pool of connections to one server."""
+    """Make a pool of connections to one server."""
     host, _, port = server.partition(":")
     return urllib3.HTTPConnectionPool(host, int(port), maxsize=4)
 
@@ -39,7 +39,7 @@ class Dict:
         self.pools: dict[str, urllib3.HTTPConnectionPool] = {}
 
     def lease(self, server: str) -> AbstractContextManager[urllib3.HTTPConnectionPool]:
-        """The pool of a server, which is made if there is none."""
+        """Yield the pool of a server, and make it if there is none."""
         if server not in self.pools:
             self.pools[server] = connect(server)
         return nullcontext(self.pools[server])
@@ -55,7 +55,7 @@ pools: Any = (
 
 
 def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """The WSGI application."""
+    """Answer a request: this is the WSGI application."""
     port, _, path = environ["PATH_INFO"].lstrip("/").partition("/")
     if not port.isdigit():
         start_response("404 Not Found", [("Content-Length", "0")])

@@ -1,4 +1,4 @@
-"""What a bound for the host does: open sockets of 4 workers that use 50 servers.
+"""Show what a bound for the host does to the sockets of 4 workers and 50 servers.
 
 The script starts 50 small servers on loopback, and gunicorn with proxy_app.py: first
 with a dict of pools in each worker, then with ``ConnectionPools`` and a bound of 20
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 WORKERS, SERVERS, BOUND, CLIENTS = 4, 50, 20, 6
-# Seconds from sample to sample, and until other servers are requested most.
+# These are the seconds from sample to sample, and until other servers are requested
+# most.
 EVERY = 0.5
 HOT = 4  # how many servers are requested most
 THINK = 0.01  # s from an answer to the next request
@@ -45,7 +46,8 @@ NAME = f"proxy-{os.getpid()}"
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    # Sends one small answer after the other on a connection that is kept (HTTP/1.1).
+    # A server that sends one small answer after the other on a kept connection
+    # (HTTP/1.1).
     with suppress(asyncio.IncompleteReadError, ConnectionError):
         while await reader.readuntil(b"\r\n\r\n"):
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n")
@@ -105,7 +107,7 @@ def gunicorn(bound: int, preload: bool) -> Iterator[tuple[psutil.Process, int]]:
 
 
 def open_sockets(ports: set[int]) -> int:
-    """How many connections to the servers the kernel lists, at the workers' end."""
+    """Return how many connections to the servers the kernel lists for the workers."""
     with open("/proc/net/tcp") as table:
         next(table)
         fields = [line.split() for line in table]

@@ -77,7 +77,7 @@ __all__ = [
     "report",
 ]
 
-# Imported when first asked for: importing the package shall be cheap.
+# These are imported when first used, so that importing the package is fast.
 _LAZY = {
     "ConfigCache": "configs",
     "ConfigSettings": "configs",

@@ -16,7 +16,8 @@ from shmcache._format.layout import MAX_TTL_NS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# The argument ``ttl``: seconds, None for "never", or left out for the cache's default.
+# The type of the argument ``ttl``: seconds, None for "never", or left out for the
+# cache's default.
 Ttl = float | None | EllipsisType
 
 _SIZE = re.compile(
@@ -25,7 +26,7 @@ _SIZE = re.compile(
 
 
 def parse_size(size: Any, what: str = "max_bytes") -> int:
-    """The number of bytes that an argument asks for.
+    """Return the number of bytes that an argument asks for.
 
     Args:
         size: An int, or a text such as "64 MiB", "64M" (both binary) or "64 MB".
@@ -95,7 +96,7 @@ def check_budget(seconds: Any, what: str) -> None:
 
 
 def ttl_to_ns(ttl: Any, what: str = "ttl") -> int:
-    """A time to live in whole nanoseconds, at least one.
+    """Return a time to live in whole nanoseconds, at least one.
 
     Args:
         ttl: The argument, in seconds.

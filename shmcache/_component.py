@@ -1,4 +1,4 @@
-"""``Component``: what the ready-made maps have in common.
+"""``Component``: the common base of the ready-made maps.
 
 A component has a name and a few shared parts, each a ``Cache`` or a ``HandleMap``, and
 it is closed as a whole.  ``shmcache.report()`` finds the open ones of a process here.
@@ -43,7 +43,7 @@ class Component:
 
     @property
     def closed(self) -> bool:
-        """Whether ``close`` was called in this process."""
+        """Return whether ``close`` was called in this process."""
         return all(part.closed for part in self._parts.values())
 
     def parts(self) -> dict[str, Cache | HandleMap]:
@@ -82,7 +82,7 @@ class Component:
     def close(self, timeout: float = 10.0) -> bool:
         """Close this worker's handles (CLOSED), and leave all parts.
 
-        Calling this twice is fine.
+        A second call does nothing.
 
         Args:
             timeout: Seconds to wait for the callbacks of each part.
@@ -115,6 +115,6 @@ class Component:
 
 
 def components() -> list[Component]:
-    """The open components of this process whose settings enable metrics, by name."""
+    """Return this process's open components with metrics enabled, by name."""
     found = [c for c in list(_components) if c.metrics and not c.closed]
     return sorted(found, key=lambda c: (c.name, type(c).__name__))

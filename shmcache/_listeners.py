@@ -1,14 +1,14 @@
-"""Listeners of a ``ConfigCache``: how a worker learns of a change, and tells of it.
+"""Listeners of a ``ConfigCache``: how a worker learns of a change and calls them.
 
-Problem: any worker may change a configuration, and the callbacks of all workers are to
-be called, each in its own process.
+Problem: any worker may change a configuration, and then the callbacks of all workers
+must be called, each in its own process.
 
 Mechanism: the callbacks of one worker for one key form a group, and groups are handles
 in a ``HandleMap``, which bounds them over the host.  Each worker that has groups looks
-every ``LOOK`` seconds whether the cache was written to at all, which costs O(shards),
-and only then for the versions of the keys it listens to.  So nobody has to be told, and
-nobody can miss being told: as long as a version is the newest, each look finds it.  A
-version that came and was replaced between two looks is left out.
+every ``LOOK`` seconds whether anything was written to the cache, which costs O(shards).
+Only then it looks for the versions of the keys it listens to.  So no worker sends
+notifications, and none can be lost: as long as a version is the newest, each look finds
+it.  A version that came and was replaced between two looks is left out.
 
 Order: the callbacks of one group run in one thread at a time, and a version is handed
 out only if its number is higher than the last one's.
@@ -48,11 +48,11 @@ class Version:
 
 
 class WorkerHandles(HandleMap):
-    """A handle map that tells at no cost that this worker has no handle in it."""
+    """A handle map that knows at no cost whether this worker has handles in it."""
 
     @property
     def has_any(self) -> bool:
-        """Whether this worker has handles, as of the last look at the mailboxes."""
+        """Return whether this worker had handles at the last look at the mailboxes."""
         return bool(self._process.handles)
 
     def use(self, key: Any) -> None:
@@ -89,11 +89,11 @@ class Subscription:
 
     @property
     def active(self) -> bool:
-        """Whether the subscription has not ended."""
+        """Return whether the subscription has not ended."""
         return self._member.active
 
     def cancel(self) -> bool:
-        """End the subscription; a call that is under way still ends.
+        """End the subscription; a call that is under way is not stopped.
 
         Returns:
             Whether it was active.
@@ -119,7 +119,7 @@ class Group:
         self.again = False  # it must run once more
 
     def add(self, member: _Member) -> bool:
-        """Add a callback; False if the group has ended."""
+        """Add a callback; return False if the group has ended."""
         with self.lock:
             if not self.ended:
                 self.members.append(member)
@@ -127,7 +127,7 @@ class Group:
             return not self.ended
 
     def remove(self, member: _Member) -> bool:
-        """Remove a callback; False if it was not active."""
+        """Remove a callback; return False if it was not active."""
         with self.lock:
             was_active, member.active = member.active, False
             if was_active:
@@ -135,7 +135,7 @@ class Group:
             return was_active
 
     def end(self) -> list[_Member]:
-        """End the group; its callbacks."""
+        """End the group, and return its callbacks."""
         with self.lock:
             self.ended = True
             members, self.members = self.members, []
@@ -145,7 +145,7 @@ class Group:
 
 
 def end_group(key: Any, group: Group, cause: Cause) -> None:
-    """The ``on_evict`` of the map of groups."""
+    """End a group: this is the ``on_evict`` of the map of groups."""
     members = group.end()
     if not members or cause is Cause.CLOSED:
         return
@@ -176,14 +176,14 @@ class _Job:
 
 
 class _ProcessState:
-    """What one process has of the listeners; a forked child begins with a new one."""
+    """The listeners in one process; a forked child begins with a new state."""
 
     def __init__(self, run: Callable[[Any], None]) -> None:
         self.pid = os.getpid()
         self.lock = threading.RLock()
         self.calls = Callbacks(run, 2)
         self.moment: list[int] | None = None  # of the cache at the last look
-        self.asked = 0  # how often a look was asked for, whatever the moment
+        self.asked = 0  # how often a look was requested, whatever the moment
         self.told = self.failures = 0
 
 
@@ -194,8 +194,8 @@ class Listeners:
         name: The name of the config cache, for logs.
         configs: The cache with the configurations.
         groups: The map of groups.
-        version: ``version(key)``: the newest version of a key, or None.  It is a method
-            of the ``ConfigCache``, which lives as long as it has listeners.
+        version: ``version(key)`` returns the newest version of a key, or None.  It is a
+            method of the ``ConfigCache``, which so lives as long as it has listeners.
     """
 
     def __init__(
@@ -219,11 +219,11 @@ class Listeners:
 
     @property
     def closed(self) -> bool:
-        """Whether the cache or the map of groups was closed in this process."""
+        """Return whether the cache or the map of groups was closed in this process."""
         return self._configs.closed or self._groups.closed
 
     def subscribe(self, key: Any, callback: Any, on_end: Any) -> Subscription:
-        """Add a callback to this worker's group of a key, which is made if need be.
+        """Add a callback to this worker's group of a key; make the group if need be.
 
         Args:
             key: The key of the configuration.
@@ -240,13 +240,13 @@ class Listeners:
                 member = _Member(callback, seen, on_end)
                 if group.add(member):
                     break
-            # Else the next look might find the cache as it was at the last one.
+            # Otherwise the next look might find the cache as it was at the last one.
             state.asked += 1
         sweeper().watch(self, Listeners._tend, 0.0)
         return Subscription(group, member)
 
     def cancel(self, group: Group, member: _Member) -> bool:
-        """Remove a callback, and the group with its last one; False if it had ended."""
+        """Remove a callback, and a group without callbacks; False if it had ended."""
         if not group.remove(member):
             return False
         # With this lock held, no thread of this process registers another group.
@@ -256,16 +256,16 @@ class Listeners:
         return True
 
     def counts(self) -> tuple[int, int]:
-        """The calls of callbacks in this worker, and those of them that raised."""
+        """Return how many callbacks this worker has called, and how many raised."""
         state = self._state()
         return state.told, state.failures
 
     def forget(self) -> None:
-        """Look no more."""
+        """Stop looking for changes."""
         sweeper().forget(self)
 
     def wait(self, timeout: float) -> bool:
-        """Wait until no callback runs; False if ``timeout`` seconds were too few."""
+        """Wait until no callback runs; return False after ``timeout`` seconds."""
         return self._state().calls.wait(timeout)
 
     # --- looking ----------------------------------------------------------------------
@@ -286,7 +286,7 @@ class Listeners:
         moment = self.moment(state.asked)
         if moment is not None and moment == state.moment:
             return
-        # Unset meanwhile: if this look is interrupted, the next one begins anew.
+        # It is unset meanwhile: if this look is interrupted, the next one starts again.
         state.moment = None
         for key, group in self._groups.items():
             _, number = self._configs.gets(key)
@@ -295,14 +295,14 @@ class Listeners:
         state.moment = moment
 
     def moment(self, asked: int) -> list[int] | None:
-        """What is the same at two looks only if nothing has changed in between.
+        """Return a value that is equal at two looks only if nothing changed between.
 
         Args:
-            asked: How often a look was asked for.
+            asked: How often a look was requested.
 
         Returns:
-            That number, and how often each shard of the cache has been written to; None
-            while one is being written to.
+            That number, and the number of writes of each shard; None while a shard is
+            being written to.
         """
         counts = self._configs.internals.writes()
         return None if counts is None else [asked, *counts]
@@ -319,7 +319,7 @@ class Listeners:
         state.calls.start()
 
     def _run(self, job: _Job) -> None:
-        # Runs in a thread of the callbacks, in one at a time for a group.
+        # This runs in a thread of the callbacks, in one at a time for a group.
         group, state = job.group, self._process
         while True:
             with group.lock:
@@ -333,7 +333,7 @@ class Listeners:
                 if members and version is not None:
                     self._groups.get(group.key)  # a use
                     self._tell_all(state, group, members, version)
-            except Exception:  # a stopped holder, perhaps, or this worker is closing
+            except Exception:  # perhaps a holder was stopped, or this worker is closing
                 if not self.closed:
                     log.exception(
                         "version of %r in %s not read",
@@ -361,14 +361,14 @@ class Listeners:
                 state.told += 1
                 state.failures += failed
         with group.lock:
-            # Not if a member has come meanwhile, which has not been told.
+            # A member that was added meanwhile has not been told.
             if members == group.members:
                 group.told = version.number
 
     def _tell(
         self, key: Any, member: _Member, old: Version | None, version: Version
     ) -> bool:
-        # Whether the callback raised.
+        # Call a callback; return whether it raised.
         try:
             member.callback(key, old, version)
         except BaseException:

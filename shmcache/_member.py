@@ -1,8 +1,8 @@
-"""``Member``: a cache's coming and going in this process.
+"""``Member``: how a cache joins its segment in this process, and leaves it.
 
 Problem: one Cache object lives through forks, through the end of its segment, and
 through threads that close it in the middle of a call; and the engine must never touch
-memory that is not there, nor act as a worker that is another process.
+memory that is not mapped, nor act as the worker of another process.
 
 Mechanism: an attachment (``_process/attachment.py``) has the mapping and the worker
 row; all Cache objects of a process that are on one segment share it.  The engine
@@ -52,7 +52,7 @@ STEP = 64
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What ``Engine._bind`` needs of the settings."""
+    """The settings that ``Engine._bind`` needs."""
 
     capacities: list[int]  # of each shard, in entries
     clock: Callable[[], int] | None  # ns; None: CLOCK_MONOTONIC
@@ -64,12 +64,12 @@ class EngineSettings:
 
 
 class _Unasked:
-    """The codec of those who attach to a cache of pickles without saying so."""
+    """The codec of a cache of pickles that was attached to without codec="pickle"."""
 
     name = "pickle"
 
     def encode(self, _: object) -> NoReturn:
-        """Refuses."""
+        """Refuse to encode, and say why."""
         raise ConfigMismatch(
             "this cache has codec 'pickle', which executes code on reading, so it must"
             " be asked for by name: if you trust all who write to the cache, attach"
@@ -112,7 +112,8 @@ class Member(Engine):
         except BaseException:
             attachment.release()
             raise
-        # Leaves also when nobody calls close(), at the latest with the object.
+        # This leaves the segment even if nobody calls close(), at the latest when the
+        # object is finalized.
         self._finalizer = weakref.finalize(self, attachment.release)
         self._finalizer.atexit = False
 
@@ -152,13 +153,15 @@ class Member(Engine):
         opened = self._open_semaphores(
             [self._names.semaphore(shard) for shard in range(settings.shards)]
         )
-        # For a cache that is dropped without close(); after close() it does nothing.
+        # This is for a cache that is dropped without close(); after close() it does
+        # nothing.
         weakref.finalize(self, close_semaphores, opened).atexit = False
         self.closed = False
 
     def _rebuild_all(self, attachment: Attachment) -> None:
-        # Under the admin lock, and nobody else is there: the dead may have left any
-        # shard in any state, and its bytes may have been changed since.
+        # This runs under the admin lock, while nobody else uses the segment.  Dead
+        # processes may have left any shard in any state, and its bytes may have been
+        # changed since.
         self._take_up(attachment)
         self._adopt()
         kept = dropped = 0
@@ -216,9 +219,9 @@ class Member(Engine):
                 try:
                     self._attachment.enter()
                 except SegmentNotFound:
-                    # Forked from a process that has gone since and took the segment
-                    # with it: the forked ones meet in a new one of the same name (as
-                    # another user, perhaps, than it was).
+                    # The process that forked this one has ended and removed the
+                    # segment.  Its children share a new segment of the same name
+                    # (perhaps as another user than before).
                     leave = self._finalizer
                     self._names = Names.of(self.name)
                     self._close_semaphores()
@@ -228,7 +231,7 @@ class Member(Engine):
         sweeper().watch(self, Member._tend, self.cleanup_interval)
 
     def _flush_quietly(self) -> None:
-        # Recency is not worth an error, nor a wait for a stopped holder.
+        # Lost recency is not worth an error, nor a wait for a stopped holder.
         try:
             if self._is_joined():
                 self._flush_recency()
@@ -245,7 +248,7 @@ class Member(Engine):
             self._enter_process()
 
     def _heed_log_level(self) -> None:
-        # The evictions of a handle map are logged by the owners of the handles.
+        # The owners of handles log the evictions of a handle map themselves.
         handles = self._settings.codec == L.HANDLES
         self._log_evictions(log.isEnabledFor(logging.DEBUG) and not handles)
 
@@ -257,7 +260,8 @@ class Member(Engine):
         O(expired), in short holds of one lock.
 
         Args:
-            budget: Seconds after which to stop; None: when nothing is left.
+            budget: Seconds after which to stop; None means to stop when nothing is
+                left.
 
         Returns:
             How many entries were removed.
@@ -282,8 +286,8 @@ class Member(Engine):
         return removed
 
     def _tend(self, budget: float) -> float:
-        # What the sweeper's thread does for a cache from time to time: it removes what
-        # has expired, applies the recency buffer, and reaps the rows of dead workers.
+        # The sweeper's thread calls this from time to time.  It removes expired
+        # entries, applies the recency buffer, and reaps the rows of dead workers.
         self._require_open()
         self._heed_log_level()
         self._flush_recency()

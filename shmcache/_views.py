@@ -10,7 +10,7 @@ from shmcache.errors import UnsupportedKey
 
 
 class Viewed(Protocol):
-    """What the views use of a cache, beside the iterator that they are given."""
+    """The methods of a cache that the views use, besides the iterator that they get."""
 
     def __len__(self) -> int: ...
 

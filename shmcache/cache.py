@@ -91,16 +91,17 @@ class Cache(Member):
         jitter: Each TTL is shortened by a random part of up to this much, 0 to 1.
         cleanup_interval: Seconds from sweep to sweep in each process.  The default is a
             quarter of the TTL, from 1 s to 5 min.
-        shards: Parts with a lock each.  The default is 1 up to 16,384 entries, and more
-            above.  Entries and bytes are divided evenly, and LRU order holds within a
-            shard.
-        persist: Whether the segment stays when the last process has gone.
+        shards: Parts with a lock each.  The default is 1 for up to 16,384 entries, and
+            more for larger caches.  Entries and bytes are divided evenly, and LRU order
+            holds within a shard.
+        persist: Whether the segment stays when the last process has left it.
         lock_timeout: Seconds to wait for a lock before LockTimeout.
         codec: "msgpack", "msgspec", "pickle" (executes code on reading, so use it only
             where all writers are trusted), "raw" (bytes), or an object with ``dumps``
             and ``loads``.
-        clock: What to use for time: a callable that returns nanoseconds as an int or
-            seconds as a float, the same in all processes.
+        clock: The source of time: a callable that returns nanoseconds as an int or
+            seconds as a float, the same in all processes.  The default is
+            CLOCK_MONOTONIC.
 
     Raises:
         ConfigMismatch: The segment exists with other settings.
@@ -162,7 +163,8 @@ class Cache(Member):
             clock: The clock that the other processes use.
 
         Raises:
-            SegmentNotFound: Nobody has created the cache, or all its users have gone.
+            SegmentNotFound: Nobody has created the cache, or all its users have left
+                it.
         """
         self = cls.__new__(cls)
         chosen = None if codec is None else make_codec(codec)
@@ -172,7 +174,7 @@ class Cache(Member):
 
     @property
     def internals(self) -> Internals:
-        """What other modules of this package build on; not a public interface."""
+        """Return what other modules of this package use; it is not public."""
         return Internals(
             attachment=self._attachment,
             settings=self._settings,
@@ -234,7 +236,7 @@ class Cache(Member):
     # --- reading and writing, the slower ones ---------------------------------------
 
     def setdefault(self, key: Any, default: Any = None, ttl: Any = ...) -> Any:
-        """Return the value of a key; store ``default`` when it is absent.  O(1)."""
+        """Return the value of a key; store ``default`` if it is absent.  O(1)."""
         while True:
             value = self.get(key, MISSING)
             if value is not MISSING:
@@ -253,7 +255,7 @@ class Cache(Member):
     def popitem(self) -> tuple[Any, Any]:
         """Remove the least recently used entry, and return its key and value.
 
-        With several shards it is the least recently used entry of one of them.
+        If there are several shards, it is the least recently used entry of one of them.
 
         Raises:
             KeyError: The cache is empty.
@@ -276,9 +278,10 @@ class Cache(Member):
     ) -> Any:
         """Return the value of a key; if it is absent, compute and store it.
 
-        Over all processes of the host one caller computes, and the others wait for its
-        result.  What the factory raises reaches its own caller, and the next one in the
-        queue computes; if the computing process dies, another takes over.
+        If several callers on the host miss a key, one computes and stores the value,
+        and the others wait for it.  If the factory raises, its caller gets the
+        exception, and another caller computes; if the computing process dies, another
+        one takes over.
 
         Args:
             key: The key.
@@ -294,7 +297,7 @@ class Cache(Member):
         value = self.get(key, MISSING)
         if value is not MISSING:
             return value
-        # Refused before the work is done.
+        # Bad arguments are refused before the work is done.
         if not callable(factory):
             raise TypeError(
                 f"factory must be callable, not {factory!r}; for a value that is"
@@ -314,7 +317,7 @@ class Cache(Member):
     async def _get_or_await(
         self, key: Any, factory: Callable[[], Any], ttl: Any
     ) -> Any:
-        # As get_or_set, for a coroutine function; waiting leaves the loop free.
+        # Do as get_or_set, for a coroutine function; waiting does not block the loop.
         import asyncio
 
         value = self.get(key, MISSING)
@@ -351,7 +354,7 @@ class Cache(Member):
 
         All processes share the results.  If several callers miss at once, one computes.
         Arguments must be valid keys (str, bytes, int, tuples of them; None, bool and
-        float are taken, too), or ``key`` makes a key of them.
+        float are accepted, too), or ``key`` must make a key of them.
 
         The result of a method belongs to its instance, and so it is not shared with
         other processes, unless the instance's class has a ``__cache_key__`` attribute
@@ -361,7 +364,8 @@ class Cache(Member):
         ``__wrapped__``.  Coroutine functions do not block their loop.
 
         Args:
-            ttl: Seconds a result lives; None: for ever; left out: the cache's default.
+            ttl: Seconds that a result lives.  None means for ever; if left out, the
+                cache's default applies.
             key: ``key(*args, **kwargs)`` makes the key of a call.
             typed: Whether 1, 1.0 and True are different arguments.
         """
@@ -428,7 +432,7 @@ class Cache(Member):
         for shard in range(self._settings.shards):
             at = self._words_of(shard) + L.S_ENTRIES
             if words[at] > self._attachment.header.geometry.slots:
-                self._step(shard, 0)  # raises, and has the count repaired
+                self._step(shard, 0)  # raises, and rebuilds the count
             total += words[at]
         return total
 
@@ -485,9 +489,9 @@ class Cache(Member):
     def stats(self) -> Stats:
         """Return counts since the segment's creation, over all processes.
 
-        Processes that have gone are included.  Each shard is read at one moment,
-        without its lock; ``unstable_shards`` says for how many that failed.  O(shards +
-        workers).
+        Processes that have left are included.  Each shard is read at one moment,
+        without its lock; ``unstable_shards`` says for how many shards that failed.
+        O(shards + workers).
         """
         self._require_open()
         attachment = self._attachment
@@ -502,7 +506,7 @@ class Cache(Member):
         )
 
     def _shard_words(self, shard: int) -> tuple[tuple[int, ...], bool]:
-        # The words up to the counters' end, and whether they are of one moment.
+        # Return the words up to the counters' end, and whether they are of one moment.
         base = self._words_of(shard)
         words = self._attachment.words
         form = f"{L.S_COUNTERS_END}Q"
@@ -513,7 +517,7 @@ class Cache(Member):
         )
 
     def _writes(self) -> list[int] | None:
-        # The number of writes that each shard has seen; None while one is under way.
+        # Return how many writes each shard has seen; None while one is under way.
         self._require_open()
         words = self._attachment.words
         counts = []
@@ -530,8 +534,9 @@ class Cache(Member):
     def check(self) -> list[str]:
         """Return what is wrong with the segment, as sentences; [] when it is sound.
 
-        An independent reader of the format reads every record and every list, a shard
-        at a time, from a copy made under the shard's lock.  O(size).
+        An independent reader of the format checks every record and every list, a shard
+        at a time, in a copy made under the shard's lock.  Each finding is one sentence.
+        O(size).
         """
         self._require_open()
         geometry = self._attachment.header.geometry
@@ -548,9 +553,9 @@ class Cache(Member):
 
 @dataclass(frozen=True)
 class Internals:
-    """What modules of this package may use of a cache beyond its public methods.
+    """The methods beyond the public ones that modules of this package may use.
 
-    A new object for each use, so that it keeps no cache alive.
+    A new object is made for each use, so that it keeps no cache alive.
     """
 
     attachment: Attachment
@@ -563,7 +568,7 @@ class Internals:
     snapshot: Callable[[int, int, int], bytes]
     # How many writes each shard has seen; None while one is under way.
     writes: Callable[[], list[int] | None]
-    # What single flight uses of this cache.
+    # The in-flight table of this cache, for single flight.
     in_flight: InFlightTable
 
 

@@ -1,19 +1,19 @@
 """Loaded configurations, shared by all workers of a host, with watchers and listeners.
 
 Problem: each worker loads, parses and keeps every configuration for itself, starts a
-watcher for each, and calls listeners that nobody removes; and a change reaches only one
-worker.
+watcher for each, and calls listeners that nobody removes.  And only one worker sees a
+change.
 
 Mechanism: the configurations are in a ``Cache``.  A worker that misses one loads it,
 and the others wait for the result.  The version of an entry is the number of its write,
-which the cache gives out: the versions of one key only ever grow, also over expiry and
+which the cache assigns: the versions of one key always grow, even after expiry and
 removal.  Watchers, and the groups of listeners (_listeners.py), are handles of their
 workers, in a ``HandleMap`` each.
 
-Reload: a caller that asks for one notes the time.  A load that began after that has
-seen all that the caller has seen.  So of many that ask at once (a watcher in each
-worker) all but the first one or two are content with another's load.  A load that was
-overtaken by ``set`` or by another load does not overwrite the newer configuration.
+Reload: a caller that asks for a reload notes the time.  Any load that began after that
+is new enough for it.  So if many ask at once (a watcher in each worker), only the first
+one or two load, and the others use their result.  A load does not overwrite a
+configuration that ``set`` or another load has stored meanwhile.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = ["ConfigCache", "ConfigSettings", "ConfigStats", "Subscription", "Vers
 
 log = logging.getLogger("shmcache")
 
-# Room for a configuration, in bytes, when max_bytes is left out.
+# If max_bytes is left out, there is room for this many bytes a configuration.
 ROOM = 4096
 
 
@@ -62,14 +62,14 @@ class ConfigSettings:
 
     Args:
         max_cached_configs: The largest number of configurations, one for all workers.
-        config_cache_ttl: How long a configuration is used before it is loaded anew.
+        config_cache_ttl: How long a configuration is used before it is loaded again.
         max_watchers: The largest number of watchers of all workers together.
         watcher_ttl: How long a watcher may go unused.  Its worker uses it by getting
             the key, and the watcher itself by reporting a change.
         max_listeners: The largest number of listener groups (one for each key and
             worker) of all workers together.
         listener_ttl: How long a group may go unused.  Its worker uses it by getting the
-            key, by subscribing to it, and by being told of a change.
+            key, by subscribing to it, and by reporting a change to the listeners.
         cleanup_interval: The time from sweep to sweep in each worker.
         enable_metrics: Whether ``shmcache.report()`` includes the cache.  ``stats()``,
             and collectors given the cache, always work.
@@ -101,12 +101,18 @@ class ConfigSettings:
 
     @classmethod
     def conservative(cls) -> ConfigSettings:
-        """For small hosts: 500 configurations for 30 min, 100 watchers and groups."""
+        """Return bounds for small hosts.
+
+        500 configurations live for 30 min; there may be 100 watchers and groups.
+        """
         return cls(500, 1800.0, 100, 3600.0, 100, 3600.0, 600.0)
 
     @classmethod
     def high_throughput(cls) -> ConfigSettings:
-        """For busy hosts: 5,000 configurations for 2 h, 1,000 watchers and groups."""
+        """Return bounds for busy hosts.
+
+        5,000 configurations live for 2 h; there may be 1,000 watchers and groups.
+        """
         return cls(5000, 7200.0, 1000, 14400.0, 1000, 14400.0, 300.0)
 
 
@@ -134,7 +140,7 @@ class ConfigStats:
 
 
 class _ProcessState:
-    """What one process counts; a forked child begins with a new one."""
+    """The counts of one process; a forked child begins with new ones."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -146,12 +152,12 @@ class ConfigCache(Component):
     """Configurations, each loaded once per host, with watchers and listeners.
 
     Args:
-        name: What the names of the shared parts begin with, the same in all workers.
-        loader: ``loader(key)`` loads a configuration: anything a ``Cache`` can store,
-            but None.  ``get`` and ``reload`` may be given another one.
+        name: The beginning of the names of the shared parts, the same in all workers.
+        loader: ``loader(key)`` loads a configuration: anything but None that a
+            ``Cache`` can store.  ``get`` and ``reload`` may be given another one.
         settings: The bounds, the same in all workers.
-        max_bytes: Room for the configurations, in bytes or as a text such as "64 MiB";
-            default: 4 KiB each, at least 1 MiB.
+        max_bytes: Room for the configurations, in bytes or as a text such as "64 MiB".
+            The default is 4 KiB each, and at least 1 MiB.
         lock_timeout: As for ``Cache``.
         clock: As for ``Cache``.
 
@@ -243,14 +249,13 @@ class ConfigCache(Component):
     ) -> Any:
         """Return the configuration of a key; if it is absent, one caller loads it.
 
-        What the loader raises reaches its caller, and another one of those that wait
-        loads then.
+        If the loader raises, its caller gets the exception, and one of the waiting
+        callers loads next.
 
         Args:
             key: Any key of a ``Cache``.
             loader: Loads it, in place of the cache's loader.
-            timeout: Seconds to wait for another caller's load; None: as long as it
-                takes.
+            timeout: Seconds to wait for another caller's load; None means no limit.
 
         Raises:
             KeyError: The configuration is absent, and there is no loader.
@@ -287,12 +292,12 @@ class ConfigCache(Component):
         return self._load(key, loader, time.monotonic_ns(), timeout)
 
     def set(self, key: Any, value: Any, ttl: Ttl = ...) -> None:
-        """Store a configuration that was not loaded; listeners are told of it.
+        """Store a configuration that was not loaded, and tell the listeners.
 
         Args:
             key: Any key of a ``Cache``.
-            value: Anything a ``Cache`` can store, but None.
-            ttl: Seconds to live; None: for ever; left out: the settings'.
+            value: Anything but None that a ``Cache`` can store.
+            ttl: Seconds to live.  None means for ever; if left out, the settings apply.
         """
         _require_config(key, value, "a configuration")
         self._used(key)
@@ -307,7 +312,7 @@ class ConfigCache(Component):
     def invalidate(self, key: Any) -> bool:
         """Forget a configuration, so that the next ``get`` loads it.
 
-        Listeners are told of what is loaded then, not of the removal.
+        Listeners are told of the configuration that is loaded next, not of the removal.
 
         Returns:
             Whether a configuration was stored.
@@ -340,7 +345,8 @@ class ConfigCache(Component):
         if load is None:
             raise KeyError(key)
         # The flight has a key of its own, which is never stored: a configuration that
-        # is there does not end the wait, because it may be too old for a reload.
+        # is stored already does not end the wait, because it may be too old for a
+        # reload.
         who = threading.get_ident()
         in_flight = self._configs.internals.in_flight
         with Flight(in_flight, ("\0load", key), who, timeout) as flight:
@@ -419,7 +425,7 @@ class ConfigCache(Component):
         return self._watchers.discard(key)
 
     def _changed(self, key: Any, loader: Any) -> None:
-        # Runs in a watcher's thread, which must go on watching whatever happens.
+        # This runs in a watcher's thread, which must go on watching whatever happens.
         try:
             if not self.closed:
                 self._watchers.get(key)  # a use
@@ -450,20 +456,19 @@ class ConfigCache(Component):
     ) -> Subscription:
         """Have ``callback(key, old, new)`` called in this worker when a key changes.
 
-        It is called in a thread, within some 40 ms after any worker has changed or
+        It is called in a thread, within about 40 ms after any worker has changed or
         reloaded the configuration.  Versions come in order.  When they follow fast,
-        some may be left out, but never the newest.  A version that expires, is evicted
-        or is forgotten before the callback was told of it is left out, too.  What a
-        callback raises is logged and counted.
+        some may be left out, but never the newest.  A version is left out, too, if it
+        expires, is evicted or is forgotten before the callback was told of it.  If a
+        callback raises, this is logged and counted.
 
         The group of a worker's subscriptions to a key expires when the worker has not
         used it for ``listener_ttl``.  A forked child has no subscriptions.
 
         Args:
             key: Any key of a ``Cache``.
-            callback: Its ``old`` is the ``Version`` that it was told last; at first,
-                the one that is stored now, None if there is none.  Its ``new`` is the
-                newest one.
+            callback: Its ``old`` is the ``Version`` that it was told last; at first it
+                is the one that is stored now, or None.  Its ``new`` is the newest one.
             on_end: ``on_end(key)`` is called if the group is evicted.
         """
         if not callable(callback):
@@ -489,7 +494,7 @@ class ConfigCache(Component):
         return state
 
     def stats(self) -> ConfigStats:
-        """Counts of all parts, and of this worker.
+        """Return the counts of all parts, and of this worker.
 
         O(shards + workers + own handles).
         """

@@ -1,14 +1,13 @@
 """Requests under way: from a correlation id to this worker's live span.
 
 Problem: a span is an object of one process.  A worker that keeps spans by request id
-also keeps those of requests that never end, and another worker that is asked about a
-request knows nothing of it.
+also keeps those of requests that never end, and other workers know nothing about them.
 
-Mechanism: the spans are the handles of a ``HandleMap``.  What all workers may know of a
-span (trace id, span id, start, the caller's own fields) is the value of its shared
-entry, so it is there exactly as long as the span is registered, and there is no second
-table that could disagree.  Another worker finds it by asking for the id under each
-worker's token, which is O(workers), however many correlations there are.
+Mechanism: the spans are the handles of a ``HandleMap``.  The data of a span that all
+workers may read (trace id, span id, start, the caller's own fields) is the value of its
+shared entry, so it is there exactly as long as the span is registered, and there is no
+second table that could disagree.  Another worker finds it by asking for the id under
+each worker's token, which is O(workers), however many correlations there are.
 
 A span is ended once, by the call that takes it out of the map: by ``finish``, or after
 an eviction by the callback, which first writes the cause into the span.
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from shmcache._arguments import Ttl
     from shmcache._format.layout import Cause
 
-# The attribute of an evicted span with the name of the cause, such as "EXPIRED".
+# This attribute of an evicted span has the name of the cause, such as "EXPIRED".
 EVICTED = "shmcache.evicted"
 
 
@@ -67,12 +66,18 @@ class CorrelationSettings:
 
     @classmethod
     def conservative(cls) -> CorrelationSettings:
-        """For small hosts: 5,000 correlations, up to 30 min, swept every 5 min."""
+        """Return bounds for small hosts.
+
+        5,000 correlations may go unused for 30 min, and are swept every 5 min.
+        """
         return cls(5_000, 1800.0, 300.0)
 
     @classmethod
     def high_throughput(cls) -> CorrelationSettings:
-        """For busy hosts: 50,000 correlations, up to 2 h, swept every 2 min."""
+        """Return bounds for busy hosts.
+
+        50,000 correlations may go unused for 2 h, and are swept every 2 min.
+        """
         return cls(50_000, 7200.0, 120.0)
 
 
@@ -88,18 +93,18 @@ class CorrelationStats:
 
     @property
     def started(self) -> int:
-        """Correlations since the start, over all workers, ended ones included."""
+        """Return how many correlations all workers have started, also ended ones."""
         return self.spans.host.handles_opened
 
     @property
     def ended(self) -> int:
-        """Correlations whose span has been ended, over all workers."""
+        """Return how many spans all workers have ended."""
         return self.spans.host.handles_closed
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """What every worker of the host may know of a request under way.
+    """The data of a request under way that every worker of the host may read.
 
     Attributes:
         id: The correlation id.
@@ -108,7 +113,7 @@ class Correlation:
             no context.
         span_id: 16 hexadecimal digits; "" if the span has no context.
         started: The start of the span, in seconds since 1970.
-        fields: What the caller of ``start`` wanted all workers to read.
+        fields: The fields that the caller of ``start`` has published.
     """
 
     id: Any
@@ -130,10 +135,10 @@ class CorrelationMap(Component):
     Args:
         name: The name of the shared map, the same in all workers.
         settings: The bounds, the same in all workers.
-        tracer: Starts a span when ``start`` is given a name; left out: OpenTelemetry's
-            tracer "shmcache".
-        max_bytes: Room for the shared data, in bytes or as a text such as "64 MiB";
-            default: 512 bytes a correlation.
+        tracer: Starts a span if ``start`` is given a name.  If left out, it is
+            OpenTelemetry's tracer "shmcache".
+        max_bytes: Room for the shared data, in bytes or as a text such as "64 MiB".
+            The default is 512 bytes a correlation.
         callback_threads: How many spans may be ended at once in a worker.
         lock_timeout: As for ``HandleMap``.
         clock: As for ``HandleMap``.
@@ -210,9 +215,9 @@ class CorrelationMap(Component):
         Args:
             correlation_id: Any key of a ``Cache``.
             span: The span, or the name of a span to start.
-            fields: What else all workers may read; its values are any that a ``Cache``
-                can store.
-            ttl: Seconds to live; None: for ever; left out: the settings'.
+            fields: Further data that all workers may read; its values are any that a
+                ``Cache`` can store.
+            ttl: Seconds to live.  None means for ever; if left out, the settings apply.
 
         Returns:
             The span.
@@ -254,7 +259,7 @@ class CorrelationMap(Component):
             attributes: The last attributes, by name.
 
         Returns:
-            False if there is no span any more: it was evicted, and ended then.
+            False if there is no span any more because it was evicted and ended.
         """
         last = _checked(attributes, "attributes")
         span = self._map.pop(correlation_id, None)
@@ -319,9 +324,10 @@ class CorrelationMap(Component):
     ) -> Any:
         if self._registered != os.getpid():
             self._registered = os.getpid()
-            # Spans that a process leaves open, even by dropping the map, must be ended
-            # before its tracer provider shuts down.  atexit runs the function that was
-            # registered last first, and a provider is there before its first span.
+            # If a process leaves spans open, even by dropping the map, they must be
+            # ended before its tracer provider shuts down.  atexit runs the function
+            # that was registered last first, and a provider exists before its first
+            # span.
             atexit.register(self._close_at_exit)
         trace_id = span_id = ""
         context = getattr(span, "get_span_context", None)
@@ -338,7 +344,7 @@ class CorrelationMap(Component):
     def close(self, timeout: float = 10.0) -> bool:
         """End this worker's spans (CLOSED), and leave the map.
 
-        At the end of a process this happens by itself.
+        This also happens at the end of a process.
 
         Args:
             timeout: Seconds to wait for callbacks.
@@ -351,7 +357,8 @@ class CorrelationMap(Component):
         return super().close(timeout)
 
     def _close_at_exit(self) -> None:
-        # A forked child inherits what is registered with atexit, and must not do it.
+        # A forked child inherits the functions registered with atexit, and must skip
+        # this one.
         if self._registered == os.getpid():
             self._registered = 0
             with suppress(ShmCacheError):  # the rest is closed with the segment

@@ -17,7 +17,7 @@
     ├── UnsupportedValue(TypeError)     a value the codec cannot bring back unchanged
     └── UnsupportedPlatform(OSError)    no POSIX shared memory here
 
-The second base is the error that code would catch that does not know this package.
+The second base is the error that code without knowledge of this package would catch.
 """
 
 from __future__ import annotations

@@ -2,22 +2,22 @@
 
 Problem: a connection, a span or a watcher cannot live in shared memory.  But the number
 that all workers of a host hold together must be bounded, the least recently used of all
-must go first, and each must be closed by the process that opened it, once and only
-once, whatever caused it to go.
+must be removed first, and each must be closed by the process that opened it, once and
+only once, whatever the cause.
 
 Mechanism (the parts are in _handles/): the object stays in its process, in a table.
 The shared map has an entry for it, and that entry is subject to bound, LRU order and
 TTL like any other.  The process that removes an entry leaves a message for its owner.
 Each owner looks for messages every ``LOOK`` seconds, takes the handle out of its table,
-and runs the callback that closes it.  At the same time it applies its own uses, so that
-they count for the others.  benchmarks/handles.py shows what looking costs.  Waking each
-worker by a bell of its own was rejected: the bell would have a name to clean up after
-every death, and it would not ring from one container to the next.
+and runs the callback that closes it.  At the same time it applies its recency buffer,
+so that its uses count for the others.  benchmarks/handles.py shows what looking costs.
+A semaphore or pipe for each worker, to wake it, was rejected: its name would have to be
+removed after every death, and it would not work between containers.
 
 Death in the middle: the handles of a dead owner died with it.  Any process that sees
 that a worker row was freed removes the owner's entries, with the cause OWNER_DIED.  A
-forked child keeps its parent's objects, untouched, for ever: not even their destructors
-run.
+forked child keeps its parent's objects for ever, so that not even their destructors run
+there.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shmcache")
 
-# Seconds between two looks at the eviction mailboxes: LOOK while this process has open
-# handles, IDLE while it has none.
+# This many seconds pass between two looks at the eviction mailboxes: LOOK while this
+# process has open handles, IDLE while it has none.
 LOOK, IDLE = 0.04, 1.0
-# Seconds between two looks for workers that have died.
+# This many seconds pass between two looks for workers that have died.
 REAP = 1.0
 
 
@@ -59,7 +59,7 @@ class HostEntry:
     """A handle of any worker of the host, as every worker can see it.
 
     Attributes:
-        key: The key that its owner registered it under.
+        key: The key under which its owner registered it.
         pid: The process id of its owner.
         age: Seconds since it was registered.
         ttl: Seconds until it expires; None if it never does.
@@ -92,13 +92,13 @@ class HandleStats:
 
     @property
     def entries(self) -> int:
-        """Registered handles of all workers."""
+        """Return how many handles all workers have registered."""
         return self.host.entries
 
 
 # An open map has open handles even if nobody refers to it, so it lives until close().
 _maps: set[HandleMap] = set()
-# States of processes that forked this one.  They are kept for ever, because a
+# These are states of processes that forked this one.  They are kept for ever, because a
 # destructor may close what the parent still uses.
 _inherited: list[ProcessState] = []
 
@@ -245,7 +245,7 @@ class HandleMap:
         )
 
     def _state(self) -> ProcessState:
-        # The state of this process, which joins the map if it has not yet.
+        # Return the state of this process, which joins the map if it has not yet.
         token = self._registry.join()
         state = self._process
         if state.token == token:
@@ -261,12 +261,12 @@ class HandleMap:
 
     @property
     def registry(self) -> Registry:
-        """The shared part, for modules of this package; not a public interface."""
+        """Return the shared part, for modules of this package; it is not public."""
         return self._registry
 
     @property
     def closed(self) -> bool:
-        """Whether ``close`` was called in this process."""
+        """Return whether ``close`` was called in this process."""
         closed: bool = self._registry.closed
         return closed
 
@@ -288,12 +288,13 @@ class HandleMap:
     def get(self, key: Any, default: Any = None) -> Any:
         """Return this worker's handle of a key; this counts as a use.  O(1).
 
-        Another worker may evict the handle at any time, and it is closed some 40 ms
-        later.  A caller that uses it longer takes a ``lease``.
+        The use renews its LRU rank.  Another worker may evict the handle at any time,
+        and it is closed about 40 ms later.  A caller that uses it for longer takes a
+        ``lease``.
 
         Args:
             key: Any key of a ``Cache``.
-            default: What to return when this worker has no handle of the key.
+            default: The result if this worker has no handle of the key.
         """
         state = self._state()
         shared = state.shared_key(key)
@@ -320,7 +321,7 @@ class HandleMap:
         ttl: Ttl = ...,
         on_evict: Callable[[Any, Any, Cause], object] | None = None,
     ) -> None:
-        """Register a handle; the key's former one, if any, is closed (REPLACED).
+        """Register a handle; the former one of the key, if any, is closed (REPLACED).
 
         If the former handle is this very object, it stays open, and its value and time
         are renewed.  If this raises, the handle is not registered, and the caller
@@ -330,7 +331,8 @@ class HandleMap:
             key: Any key of a ``Cache``.
             handle: The object to keep; not None.
             value: A small value that other workers may read, for example in ``host()``.
-            ttl: Seconds to live; None: for ever; left out: the map's default.
+            ttl: Seconds to live.  None means for ever; if left out, the map's default
+                applies.
             on_evict: A callback for this handle, in place of the map's.
 
         Raises:
@@ -362,9 +364,9 @@ class HandleMap:
     ) -> Any:
         """Return this worker's handle of a key; ``factory()`` makes an absent one.
 
-        If many threads ask at once, one makes the handle and the others wait.  What the
-        factory raises reaches its caller, and another one of those that wait tries
-        then.
+        If many threads ask at once, one makes the handle and the others wait.  If the
+        factory raises, its caller gets the exception, and one of the waiting threads
+        tries next.
 
         Args:
             key: Any key of a ``Cache``.
@@ -374,9 +376,9 @@ class HandleMap:
             on_evict: As for ``set``.
 
         Raises:
-            ReentrantCall: The factory asks for the handle that it is to make.
-            ShmCacheError: The handle could not be registered; ``on_evict`` closes it
-                then (CLOSED).
+            ReentrantCall: The factory asks for the handle that it makes.
+            ShmCacheError: The handle could not be registered; then ``on_evict`` closes
+                it (CLOSED).
         """
         handle = self.get(key, MISSING)
         if handle is not MISSING:
@@ -398,7 +400,7 @@ class HandleMap:
 
         Args:
             key: Any key of a ``Cache``.
-            factory: Makes the handle when there is none, as for ``get_or_create``.
+            factory: Makes the handle if there is none, as for ``get_or_create``.
             value: As for ``set``.
             ttl: As for ``set``.
             on_evict: As for ``set``.
@@ -416,7 +418,7 @@ class HandleMap:
             self._registry.count_if_joined(L.R_LEASES)
             yield record.handle
         finally:
-            # In a process that was forked meanwhile the lease is its parent's.
+            # If this process was forked meanwhile, the lease belongs to its parent.
             if state is self._process and state.is_own:
                 state.let_go(record)
                 self._registry.count_if_joined(L.R_RETURNED)
@@ -435,11 +437,11 @@ class HandleMap:
             raise KeyError(key)
 
     def pop(self, key: Any, default: Any = MISSING) -> Any:
-        """Take a handle out of the map without closing it; the caller closes it.  O(1).
+        """Remove a handle from the map and return it; the caller closes it.  O(1).
 
         Args:
             key: Any key of a ``Cache``.
-            default: What to return when this worker has no handle of the key.
+            default: The result if this worker has no handle of the key.
 
         Raises:
             KeyError: There is no handle of the key, and no default was given.
@@ -493,7 +495,7 @@ class HandleMap:
     def host(self) -> list[HostEntry]:
         """Return the registered handles of all workers, in no order; not a use.
 
-        O(entries) in short holds of one lock.
+        They come in no order.  O(entries), in short holds of one lock.
         """
         return [HostEntry(*entry) for entry in self._registry.host_entries()]
 
@@ -508,7 +510,7 @@ class HandleMap:
     def clear(self) -> int:
         """Close all handles of all workers (CLEARED).
 
-        Other workers close theirs by themselves, within some 40 ms.
+        Other workers close their handles by themselves, within about 40 ms.
 
         Returns:
             How many entries were removed.
@@ -522,7 +524,8 @@ class HandleMap:
         """Remove what has expired, of any worker.
 
         Args:
-            budget: Seconds after which to stop; None: when nothing is left.
+            budget: Seconds after which to stop; None means to stop when nothing is
+                left.
 
         Returns:
             How many entries were removed.
@@ -567,7 +570,7 @@ class HandleMap:
     def close(self, timeout: float = 10.0) -> bool:
         """Close all handles of this worker (CLOSED), and leave the map.
 
-        A leased handle is closed when its lease ends.  Calling this twice is fine.
+        A leased handle is closed when its lease ends.  A second call does nothing.
 
         Args:
             timeout: Seconds to wait for callbacks.
@@ -618,7 +621,7 @@ class HandleMap:
 
 
 def _close_maps() -> None:
-    # Runs at the end of the process, while the segments are still there.
+    # This runs at the end of the process, while the segments are still there.
     for open_map in list(_maps):
         if not open_map.closed:
             open_map.close()

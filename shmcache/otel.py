@@ -76,7 +76,7 @@ def instrument(
         elected, and nobody reports.
 
     Raises:
-        TypeError: No cache was given, or something that is none.
+        TypeError: No cache was given, or an object that is none.
         ValueError: Two objects of the same cache were given.
     """
     found = registries(caches, "instrument")
@@ -109,13 +109,13 @@ class Instrumentation:
 
     @property
     def caches(self) -> dict[str, Cache]:
-        """The caches by name."""
+        """Return the caches by name."""
         return self._reader.caches
 
     def shutdown(self) -> None:
         """Stop reporting in this process; another worker may take over.
 
-        Calling it twice is fine.
+        A second call does nothing.
         """
         if self not in self._reporter.active:
             return
@@ -154,8 +154,9 @@ class Instrumentation:
 
 
 def _elected(cache: Cache) -> bool:
-    # Whether this process holds the reporter's lock; takes it if nobody does.  A closed
-    # cache passes, so that the reader logs why it is not reported.
+    # Return whether this process holds the reporter's lock; take it if nobody does.
+    # The answer for a closed cache is True, so that the reader logs why it is not
+    # reported.
     return cache.closed or elected(cache.internals.attachment, Office.REPORTER)
 
 
@@ -181,8 +182,8 @@ class _Reporter:
         self._create(meter)
 
     def _readings(self, name: str) -> list[Reading]:
-        # All instruments of one collection use the same readings.  An instrument that
-        # asks a second time tells that the next collection has begun.
+        # All instruments of one collection use the same readings.  If an instrument
+        # asks a second time, the next collection has begun.
         current = self._round
         if not current.served or name in current.served:
             current.served = set()
@@ -265,7 +266,7 @@ def _parts(
     return [("sum", "s", total), ("count", unit, count), ("bucket", unit, bucket)]
 
 
-# The reporter of the global provider, whether that is set already or not.
+# This is the reporter of the global provider, whether that is set already or not.
 _reporters: dict[None, _Reporter] = {}
 _reporters_of: weakref.WeakKeyDictionary[MeterProvider, _Reporter] = (
     weakref.WeakKeyDictionary()

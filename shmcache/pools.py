@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from shmcache._format.layout import Cause
 
-# The names that pools have for closing, the most thorough first: urllib3's PoolManager
+# Pools have these methods for closing, the most thorough first: urllib3's PoolManager
 # has only clear(), psycopg2's pools closeall(), redis's disconnect(), SQLAlchemy's
 # dispose().
 _ENDINGS = ("close", "closeall", "disconnect", "dispose", "clear")
@@ -40,7 +40,7 @@ class PoolSettings:
         max_server_pools: The largest number of pools of all workers together.
         server_pool_ttl: How long a pool may go unused.
         pool_cleanup_interval: The time from sweep to sweep in each worker.  An unused
-            pool goes at the first sweep of any worker after its time.
+            pool is removed at the first sweep of any worker after its time.
         enable_pool_metrics: Whether ``shmcache.report()`` includes the pools.
             ``stats()``, and collectors given the pools, always work.
     """
@@ -59,12 +59,18 @@ class PoolSettings:
 
     @classmethod
     def conservative(cls) -> PoolSettings:
-        """For small hosts: 500 pools, unused for up to 1 h, swept every 10 min."""
+        """Return bounds for small hosts.
+
+        500 pools may go unused for 1 h, and are swept every 10 min.
+        """
         return cls(500, 3600.0, 600.0)
 
     @classmethod
     def high_throughput(cls) -> PoolSettings:
-        """For busy hosts: 2,000 pools, unused for up to 2 h, swept every 5 min."""
+        """Return bounds for busy hosts.
+
+        2,000 pools may go unused for 2 h, and are swept every 5 min.
+        """
         return cls(2000, 7200.0, 300.0)
 
 
@@ -80,12 +86,12 @@ class PoolStats:
 
     @property
     def opened(self) -> int:
-        """Pools registered since the start, over all workers, gone ones included."""
+        """Return how many pools all workers have registered since the start."""
         return self.pools.host.handles_opened
 
     @property
     def closed(self) -> int:
-        """Pools that have been closed since the start, over all workers."""
+        """Return how many pools all workers have closed since the start."""
         return self.pools.host.handles_closed
 
 
@@ -100,8 +106,9 @@ class ConnectionPools(Component):
         settings: The bounds, the same in all workers.
         factory: ``factory(server)`` makes a pool; ``get`` and ``lease`` may be given
             another one.
-        close: ``close(pool)`` closes it; left out: the first of the pool's own
-            ``close()``, ``closeall()``, ``disconnect()``, ``dispose()``, ``clear()``.
+        close: ``close(pool)`` closes it.  If left out, this is the first of the pool's
+            own ``close()``, ``closeall()``, ``disconnect()``, ``dispose()``,
+            ``clear()``.
         callback_threads: How many pools may be closed at once in a worker.
         lock_timeout: As for ``Cache``.
         clock: As for ``Cache``.
@@ -162,8 +169,8 @@ class ConnectionPools(Component):
         """Return this worker's pool of a server, made if there is none; a use.  O(1).
 
         If many threads ask at once, one makes the pool.  The pool may be closed at any
-        time because another worker needs the room; a ``lease`` keeps it open.  What the
-        factory raises reaches the caller, and nothing is registered.
+        time because another worker needs the room; a ``lease`` keeps it open.  If the
+        factory raises, the caller gets the exception, and nothing is registered.
 
         Args:
             server: The server.
@@ -198,7 +205,7 @@ class ConnectionPools(Component):
     def clear(self) -> int:
         """Close all pools of all workers.
 
-        Other workers close theirs by themselves, within some 40 ms.
+        Other workers close their pools by themselves, within about 40 ms.
 
         Returns:
             How many pools there were.
@@ -254,7 +261,7 @@ class ConnectionPools(Component):
 
 
 def _ending(pool: Any) -> Callable[[], object]:
-    # The method that closes a pool when no ``close`` was given.
+    # Return the method that closes a pool when no ``close`` was given.
     for name in _ENDINGS:
         method: Callable[[], object] | None = getattr(pool, name, None)
         if callable(method) and not inspect.iscoroutinefunction(method):

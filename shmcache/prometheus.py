@@ -57,11 +57,11 @@ class CacheCollector(Collector):
 
     Args:
         *caches: Caches, handle maps and ready-made maps.
-        prefix: What the names of the metrics begin with.  The label ``cache`` has the
+        prefix: The beginning of the names of the metrics.  The label ``cache`` has the
             name of the cache.
 
     Raises:
-        TypeError: No cache was given, or something that is none.
+        TypeError: No cache was given, or an object that is none.
         ValueError: The prefix cannot begin a metric's name, or two objects of the same
             cache were given.
     """
@@ -76,11 +76,11 @@ class CacheCollector(Collector):
         self._reader = Reader(registries(caches, "CacheCollector"), "a scrape")
 
     def describe(self) -> list[Metric]:
-        """The metrics without their numbers."""
+        """Return the metrics without their numbers."""
         return list(self._families([]))
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics of all caches; those of one cache come from one reading."""
+        """Yield the metrics of all caches; those of one cache come from one reading."""
         found = map(self._reader.read, self._reader.caches)
         for family in self._families([reading for reading in found if reading]):
             if family.samples:

@@ -25,17 +25,17 @@ class Stats:
 
     Attributes:
         name: The cache.
-        entries: Entries that are there, with expired ones that were not removed yet.
-        max_entries: The bound; 0 if only bytes are bounded.
-        bytes_used: Bytes in blocks that entries have.
+        entries: Entries in the cache, including expired ones that were not removed yet.
+        max_entries: The largest number of entries; 0 if only bytes are bounded.
+        bytes_used: Bytes in blocks that entries occupy.
         bytes_capacity: Bytes in all blocks.
         segment_bytes: All of the shared memory, bookkeeping included.
         hits: Lookups that found an entry.
         misses: Lookups that found none.
         sets: Entries written.
-        removed: How many entries went, by the name of the cause.
-        expired: Entries that went because their time was over.
-        evicted: Entries that went to make room for others.
+        removed: How many entries were removed, by the name of the cause.
+        expired: Entries that were removed because their time was over.
+        evicted: Entries that were removed to make room for others.
         unread: Entries that expired or were evicted and that nobody had ever read.
         sweeps: Calls of ``sweep()``, those of the sweeper threads included.
         sweep_seconds: Time spent in them.
@@ -47,8 +47,8 @@ class Stats:
         dropped: Entries that a rebuild had to give up.
         recovered: Entries found when a persistent cache was last taken into use again.
         handles_opened: Handles registered; this and the next three are 0 for a Cache.
-        handles_closed: Handles that went and whose callback has ended; those of dead
-            processes are not among them.
+        handles_closed: Handles that were removed and whose callback has ended; handles
+            of dead processes are not counted.
         callbacks: Callbacks that were run.
         callback_failures: Callbacks that raised.
         sweep_buckets: A histogram of the seconds that sweeps took.
@@ -59,8 +59,8 @@ class Stats:
         workers: How many processes are attached.
         age: Seconds since the segment was created.
         compiled: Whether this process runs the compiled engine.
-        unstable_shards: Shards whose counts are not of one moment, because their writer
-            did not come out (it was stopped, perhaps) while they were read.
+        unstable_shards: Shards whose counts are not of one moment, because a writer was
+            inside for the whole time (perhaps it was stopped).
     """
 
     name: str
@@ -116,7 +116,7 @@ class Stats:
             header: The segment's header.
             shards: The words of each shard, from its start to the counters' end.
             counters: The sums of the workers' counters, from word R_COUNTERS of a row.
-            recovered: As the header's word H_RECOVERED says.
+            recovered: The number in the header's word H_RECOVERED.
             workers: How many processes are attached.
             unstable_shards: How many shards' words are not of one moment.
         """
@@ -189,6 +189,7 @@ def _sums(shards: Iterable[Sequence[int]]) -> list[int]:
 def _buckets(
     words: list[int], first: int, bounds: tuple[float, ...], total: int
 ) -> tuple[int, ...]:
-    # The last bucket, for what is over all bounds, is not counted: it is the rest.
+    # The segment does not count the last bucket, for values over all bounds: it is the
+    # rest.
     counts = words[first : first + len(bounds)]
     return (*counts, max(0, total - sum(counts)))

@@ -1,4 +1,4 @@
-"""What every test gets: the right engine, a name of its own, and the checks after it.
+"""The common ground of all tests: the right engine, own names, and checks at the end.
 
 ``SHMCACHE_EXPECT=compiled`` or ``interpreted``: refuse to run with the other engine.
 ``--full``, ``SHMCACHE_FULL=1``: storms and sweeps with the full amounts (amounts.py).
@@ -36,14 +36,14 @@ import shmcache
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
-# What fails in a rig is explained as in a test.
+# Failed assertions in a rig are explained as in a test.
 pytest.register_assert_rewrite(
     "caches", "caught", "model", "peers", "servers", "worker_app"
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 SHM = Path("/dev/shm")
-PATIENCE = 20.0  # seconds for what ends by itself; only a leak is waited for so long
+PATIENCE = 20.0  # seconds until what ends by itself has ended; only leaks take so long
 
 # --- what is under test ---------------------------------------------------------
 
@@ -92,7 +92,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     hypothesis.settings.load_profile("shmcache")
     if sys.platform == "linux":
-        # Orphans of this process's children become its own: none goes unseen.
+        # Orphans of this process's children become its own children, so that none is
+        # missed.
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
@@ -155,7 +156,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts first what takes longest: whole modules, interpreted."""
+    """Puts the longest tests first: whole modules on the interpreted engine."""
     items.sort(key=lambda item: item.path.name != "test_interpreted.py")
 
 
@@ -311,7 +312,7 @@ class Child(NamedTuple):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a process has and a test must not leave more of."""
+    """The resources of a process that a test must not leave more of."""
 
     names: frozenset[str]
     mappings: frozenset[str]
@@ -406,7 +407,7 @@ def wait_for(before: Surroundings, patience: float) -> list[str]:
     while left := (now := Surroundings.now()).more_than(before):
         for child in now.children - before.children:
             with suppress(ChildProcessError, PermissionError):
-                # Of ours, or an orphan's: nobody else reaps it.
+                # It is our child or an orphan, which nobody else reaps.
                 if psutil.pid_exists(child.pid) and zombie(child.pid):
                     os.waitpid(child.pid, os.WNOHANG)
         gc.collect()

@@ -512,7 +512,7 @@ def test_listener_may_use_the_configs(
 def test_a_look_in_the_midst_of_a_write_is_not_the_last(
     make_configs: Callable[..., ConfigCache],
 ) -> None:
-    """While a shard is being written to, nothing counts as looked at."""
+    """A look while a shard is being written to does not count as a look."""
     configs = make_configs()
     cache = configs._configs
     configs.set("a", 1)
@@ -582,8 +582,8 @@ def test_every_subscriber_is_told_the_last(name: str, tmp_path: Path) -> None:
 
 
 def test_listener_groups_are_bounded_over_the_host(name: str, tmp_path: Path) -> None:
-    """With room for two groups, a third worker's ends the least recently used one,
-    which is said so, and the others are told on."""
+    """With room for two groups, a third worker's group evicts the least recently used
+    one, which is told so; the other groups are still told of changes."""
     with workers(name, tmp_path, 3, ConfigSettings(max_listeners=2)) as (
         one,
         two,

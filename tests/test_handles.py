@@ -50,7 +50,7 @@ class Ledger:
             self.changed.notify_all()
 
     def wait_for(self, number: int) -> None:
-        """Until so many have been closed."""
+        """Wait until so many handles have been closed."""
         with self.changed:
             assert self.changed.wait_for(
                 lambda: len(self.closed) >= number, PATIENCE
@@ -303,7 +303,7 @@ def test_bad_arguments(
 def test_handle_that_could_not_be_registered(
     make_map: Callable[..., HandleMap], ledger: Ledger
 ) -> None:
-    """What a factory made and the map could not take is closed, as nobody has it."""
+    """A handle that a factory made and the map could not register is closed."""
     handles = make_map()
     with pytest.raises(shmcache.EntryTooLarge):
         handles.get_or_create("k", lambda: "made", value=b"v" * 2**21)
@@ -316,7 +316,7 @@ def test_handle_that_could_not_be_registered(
 def test_handle_of_a_map_that_was_closed_meanwhile(
     make_map: Callable[..., HandleMap], ledger: Ledger
 ) -> None:
-    """What a factory made for a map that was closed in the meantime is closed, too."""
+    """A handle that a factory made for a map that has been closed is closed, too."""
     handles = make_map()
 
     def make() -> str:
@@ -668,13 +668,14 @@ def test_bound_and_order_are_of_the_host(name: str) -> None:
     for n in range(40):
         workers[n % 8].do("set", n // 8, f"{n % 8}/{n // 8}")
         assert len(workers[0].do("host")) == min(20, n + 1)
-    # Twenty are left: of every worker the last two, of the last four of them three.
+    # Twenty are left: the last two of each worker, and a third of the last four
+    # workers.
     assert workers[0].closed(3) == dict.fromkeys(("0/0", "0/1", "0/2"), "CAPACITY")
     assert workers[4].closed(2) == dict.fromkeys(("4/0", "4/1"), "CAPACITY")
     used = workers[5].do("list")
     for key in used:
         workers[5].do("get", key)
-    workers[5].do("sweep")  # else its uses count within some 40 ms
+    workers[5].do("sweep")  # otherwise its uses count within about 40 ms
     for n in range(20 - len(used)):
         workers[7].do("set", f"new {n}", f"new {n}")
     assert workers[5].do("list") == used

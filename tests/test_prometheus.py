@@ -382,7 +382,7 @@ def counting(make_cache: Callable[..., Cache]) -> Iterator[tuple[Cache, Counting
 
 
 def test_registering_reads_nothing(counting: tuple[Cache, Counting]) -> None:
-    """To register a collector does not touch the segment; to scrape does."""
+    """Registering a collector does not read the segment; a scrape does."""
     cache, words = counting
     registry = registered(cache)
     assert words.read == 0
@@ -391,7 +391,7 @@ def test_registering_reads_nothing(counting: tuple[Cache, Counting]) -> None:
 
 
 def die(cache: Cache, row: int, hits: int) -> None:
-    """Leaves a row as a worker does that was killed after so many hits."""
+    """Leaves a row in the state of a worker that was killed after so many hits."""
     attachment = cache._attachment
     words = attachment.words
     at = (L.ROWS_AT + row * L.ROW_SIZE) // 8
@@ -403,7 +403,7 @@ def die(cache: Cache, row: int, hits: int) -> None:
 
 
 def cost(cache: Cache, words: Counting) -> tuple[int, int, int]:
-    """Words read, leases asked for, and samples, of one scrape."""
+    """Return words read, calls of fcntl, and samples, of one scrape."""
     asked = 0
 
     def count(_: object, event: str, called: object) -> None:
@@ -433,7 +433,7 @@ def test_ten_thousand_recycled_workers(counting: tuple[Cache, Counting]) -> None
         for row in range(1, batch + 1):
             die(cache, row, hits=row)
             total += row
-        # Dead and not reaped yet, they count already.
+        # Workers that are dead and not reaped yet count already.
         assert one(scrape(cache), "shmcache_hits_total") == total
         assert cache._attachment.reap() == batch
         gone += batch
@@ -442,11 +442,11 @@ def test_ten_thousand_recycled_workers(counting: tuple[Cache, Counting]) -> None
     assert one(scrape(cache), "shmcache_workers") == 1
 
 
-def test_counters_do_not_fall_while_rows_are_folded(
+def test_counters_do_not_fall_while_rows_are_retired(
     counting: tuple[Cache, Counting],
 ) -> None:
-    """Two workers whose counts are taken over in the midst of a scrape, which makes
-    the first bank count again, are not missed by it.
+    """If two workers are retired in the middle of a scrape, so that the first copy of
+    the retired counters counts again, the scrape misses none of their counts.
     """
     cache, words = counting
     for row in (1, 2, 3, 4):
@@ -458,18 +458,18 @@ def test_counters_do_not_fall_while_rows_are_folded(
     def reap(at: Any) -> None:
         if (
             at == L.RETIRED_AT + L.RETIRED_TOKEN
-        ):  # the bank has been read, the rows not yet
+        ):  # the copy has been read, the rows not yet
             words.at_read = lambda _: None
             assert cache._attachment.reap() == 2
 
-    assert words[L.H_RETIRED] == 0  # the bank that is read, and will count again
+    assert words[L.H_RETIRED] == 0  # the copy that is read, and will count again
     words.at_read = reap
     hits = one(scrape(cache), "shmcache_hits_total")
     assert cache._attachment.tokens() == [cache._attachment.token]  # they were reaped
     assert hits == 1 + 400 + 2000
 
 
-def test_death_between_folding_and_clearing(
+def test_death_between_retiring_and_clearing(
     counting: tuple[Cache, Counting],
 ) -> None:
     """A row whose reaper died before clearing it is not counted twice when the next
@@ -483,7 +483,7 @@ def test_death_between_folding_and_clearing(
         pass
 
     row = (L.ROWS_AT + 5 * L.ROW_SIZE) // 8
-    folded = words[row + L.R_TOKEN]
+    retired = words[row + L.R_TOKEN]
 
     class Dying(Counting):
         def __setitem__(self, at: int, value: int) -> None:
@@ -495,7 +495,7 @@ def test_death_between_folding_and_clearing(
     with pytest.raises(Killed):
         retire(cache._attachment.words, 5)
     cache._attachment.words = words  # type: ignore[assignment]
-    assert words[row + L.R_TOKEN] == folded
+    assert words[row + L.R_TOKEN] == retired
     assert one(scrape(cache), "shmcache_hits_total") == 1 + 2000
     cache._attachment.reap()
     assert one(scrape(cache), "shmcache_hits_total") == 1 + 2000
@@ -522,8 +522,8 @@ def test_killed_worker_keeps_its_counts(make_cache: Callable[..., Cache]) -> Non
 def test_closed_cache_is_left_out(
     make_cache: Callable[..., Cache], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A closed cache is missing from the scrape, is not opened again, spoils nothing,
-    and is spoken of once.
+    """A closed cache is left out of the scrape and not opened again, the others are
+    reported, and the log says so once.
     """
     cache, closed = make_cache(), make_cache()
     registry = registered(closed, cache)
@@ -656,7 +656,7 @@ def test_any_worker_tells_the_totals_of_the_host(
                 fetch(server, f"/hold?key={lookups}")
             lookups += 1
         scrapes: dict[int, Samples] = {}
-        for _ in range(2):  # a preloaded worker attaches at its first use, or scrape
+        for _ in range(2):  # a preloaded worker attaches at its first use or scrape
             scrapes.clear()
             while len(scrapes) < 4:
                 pid, text = fetch(server, "/metrics")

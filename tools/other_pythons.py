@@ -1,13 +1,14 @@
-"""The quick tests on every other version of Python that the package supports.
+"""Run the quick tests on every other version of Python that the package supports.
 
-Looks for an interpreter of each version that pyproject.toml names in its classifiers:
-on the PATH, then among pyenv's.  Each one found gets a virtual environment in a
-temporary folder, a build of the tree with all that the tests need, and a run of pytest:
+The script looks for an interpreter of each version that pyproject.toml names in its
+classifiers, first on the PATH, then among pyenv's.  For each one found it makes a
+virtual environment in a temporary folder, builds the tree with all that the tests need,
+and runs pytest:
 
     python tools/other_pythons.py                    # the tests that are not slow
     python tools/other_pythons.py tests/promises     # these arguments go to pytest
 
-Exits with 1 if the tests fail on one of them.  It is no failure that none is found.
+The exit code is 1 if the tests fail on one of them.  If none is found, it is 0.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["-m", "not slow", "-q"]
-# pip compiles it for half a minute, and only slow tests use it.
+# pip needs half a minute to compile it, and only slow tests use it.
 LEFT_OUT = "uwsgi"
 
 
 def versions() -> list[str]:
-    """The versions that the classifiers name, such as "3.12", but this one."""
+    """Return the versions that the classifiers name, such as "3.12", but this one."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     named = re.findall(r":: Python :: (3\.\d+)\b", "\n".join(project["classifiers"]))
     return [each for each in named if each != "{}.{}".format(*sys.version_info)]
 
 
 def interpreter(version: str) -> str | None:
-    """The path of an interpreter of this version; None if there is none."""
+    """Return the path of an interpreter of this version, or None."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     on_path = shutil.which(f"python{version}")
     of_pyenv = sorted(pyenv.glob(f"versions/{version}.*/bin/python"), reverse=True)
     candidates = [on_path] * bool(on_path) + [str(path) for path in of_pyenv]
     code = "import ensurepip, sys; print(sys.executable, sys.version_info[:2])"
     for candidate in candidates:
-        # A shim of pyenv's may stand for a version that is not in use here.
+        # A shim of pyenv's may exist for a version that is not in use here.
         probe = subprocess.run(
             [str(candidate), "-c", code], capture_output=True, text=True, check=False
         )
@@ -54,16 +55,16 @@ def interpreter(version: str) -> str | None:
 
 
 def requirements() -> list[str]:
-    """What the extra "test" asks for, without what is left out."""
+    """Return the requirements of the extra "test", except those that are left out."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     test: list[str] = project["optional-dependencies"]["test"]
     return [each for each in test if not each.startswith(LEFT_OUT)]
 
 
 def passes(python: str, arguments: list[str]) -> bool:
-    """Whether the tests pass on an interpreter, in an environment made for it."""
+    """Return whether the tests pass on an interpreter, in an environment for it."""
     with tempfile.TemporaryDirectory(prefix="shmcache-python-") as home:
-        # A copy, so that the tree's own build folder stays as it is.
+        # A copy is built, so that the tree's own build folder stays as it is.
         tree = Path(home, "tree")
         shutil.copytree(
             ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info")
@@ -84,7 +85,7 @@ def passes(python: str, arguments: list[str]) -> bool:
 
 
 def main() -> int:
-    """Runs the tests on each interpreter found; 1 if they failed on one."""
+    """Run the tests on each interpreter found; return 1 if they failed on one."""
     failed = []
     for version in versions():
         python = interpreter(version)

@@ -1,4 +1,4 @@
-"""What crash safety costs on the hot path, in instructions.
+"""Measure what crash safety costs on the hot path, in instructions.
 
 The script builds the tree twice: as it is, and with ``-DSHMCACHE_UNPROTECTED`` (values
 have no checksum, and the holder is written without compare-and-swap).  It runs each
@@ -59,7 +59,7 @@ def build(into: Path, flags: str) -> None:
 
 
 def instructions(package: Path, operation: str, repetitions: int) -> int:
-    """How many instructions a whole run takes."""
+    """Return how many instructions a whole run takes."""
     path = os.pathsep.join([str(package), *filter(None, sys.path[1:])])
     done = subprocess.run(
         [
@@ -78,7 +78,7 @@ def instructions(package: Path, operation: str, repetitions: int) -> int:
 
 
 def main() -> int:
-    """Print the table; returns 1 if an operation costs more than the target."""
+    """Print the table; return 1 if an operation costs more than the target."""
     with tempfile.TemporaryDirectory() as scratch:
         protected, bare = Path(scratch, "protected"), Path(scratch, "bare")
         build(protected, "")

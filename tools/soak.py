@@ -1,4 +1,4 @@
-"""``shmcache soak`` from a checkout: ``python tools/soak.py --help``."""
+"""Run ``shmcache soak`` from a checkout: ``python tools/soak.py --help``."""
 
 from __future__ import annotations
 

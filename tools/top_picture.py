@@ -1,4 +1,4 @@
-"""A picture of ``shmcache top`` for the documentation.
+"""Draw a picture of ``shmcache top`` for the documentation.
 
 The script runs the command as in a terminal of 90 columns, and draws its output:
 
@@ -20,7 +20,7 @@ COLUMNS, LINES = 90, 40
 
 
 def printed(name: str) -> str:
-    """What ``shmcache top NAME --once`` prints, with its colours."""
+    """Return what ``shmcache top NAME --once`` prints, with its colours."""
     size = {"COLUMNS": str(COLUMNS), "LINES": str(LINES), "FORCE_COLOR": "1"}
     return subprocess.run(
         [sys.executable, "-m", "shmcache", "top", name, "--once", "--interval", "3"],
@@ -32,7 +32,7 @@ def printed(name: str) -> str:
 
 
 def picture(text: str) -> str:
-    """An SVG of a text, which loads nothing from elsewhere."""
+    """Return a text as an SVG that loads no other files."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text.from_ansi(text))
     drawn = console.export_svg(title="shmcache top")

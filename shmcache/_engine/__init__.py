@@ -2,8 +2,9 @@
 
 The same parts run compiled (one extension, ``compiled``) or ``interpreted``.  A process
 uses the compiled engine if it was built, unless the environment variable
-``SHMCACHE_ENGINE`` says "interpreted"; "compiled" makes the import fail where it was
-not built.  Both can be loaded side by side, because their modules have different names.
+``SHMCACHE_ENGINE`` says "interpreted"; "compiled" makes the import fail if
+the compiled engine was not built.  Both can be loaded side by side, because their
+modules have different names.
 
 Upper layers import the engine, and the codecs that were built with it, from here.
 README.md in this folder has the rules that all parts keep.
@@ -26,7 +27,8 @@ else:
     try:
         import shmcache._engine.compiled as chosen
     except ModuleNotFoundError as error:
-        # An engine that is there and cannot be loaded is an error, and not hidden.
+        # An engine that was built but cannot be loaded is an error, which is not
+        # hidden.
         if error.name != "shmcache._engine.compiled":
             raise
         if _wanted:

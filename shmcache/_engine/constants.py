@@ -1,4 +1,4 @@
-"""The layout's numbers as C constants, and the engine's own.
+"""The numbers of the layout as C constants, and the engine's own numbers.
 
 A module-level Python int in a hot expression costs about 30 times as much as a C
 constant, and Cython cannot import a C constant from Python.  So each number of
@@ -98,8 +98,8 @@ LONGEST_KEY = cython.declare(cython.Py_ssize_t, L.MAX_KEY)
 STAMP_SHIFT = cython.declare(cython.uint, L.STAMP_SHIFT)
 TTL_VALUE = cython.declare(cython.ulonglong, L.TTL_VALUE)
 LONGEST_TTL = cython.declare(cython.ulonglong, L.MAX_TTL_NS)
-# No clock reaches this, so an expiry after it is damage, unless it is NEVER.  (An
-# entry that is due more than one turn of the wheel ahead would come again and again.)
+# No clock reaches this, so an expiry after it is damage, unless it is NEVER.  (The
+# wheel would meet an entry that is due more than one turn ahead again and again.)
 MAX_EXPIRES = cython.declare(cython.ulonglong, 1 << 62)
 # No shard lives long enough for a higher version, so one in a record is damage.
 MAX_VERSION = cython.declare(cython.ulonglong, 1 << 62)
@@ -118,7 +118,8 @@ FLOAT_TAG = cython.declare(cython.uint, L.Tag.FLOAT)
 LAST_TAG = cython.declare(cython.uint, max(L.Tag))
 
 # --- modes ------------------------------------------------------------------------
-# Modes of ``_put``: what an entry that is there, or is not, means for it.
+# Modes of ``_put``: they say whether an entry must exist, must not exist, or may do
+# both.
 ANY = cython.declare(cython.int, 0)
 ADD = cython.declare(cython.int, 1)
 REPLACE = cython.declare(cython.int, 2)
@@ -129,30 +130,30 @@ COUNTS_AS_USE = cython.declare(cython.int, 1)
 WANTS_VALUE = cython.declare(cython.int, 2)
 
 # --- numbers that were chosen -----------------------------------------------------
-# Hits of one process that wait to be applied to a shard's LRU ring.  64 is far less
-# than any shard holds that has more than one user, and to move 64 entries whose records
-# were prefetched costs little more than to move 64 cached ones.
+# The recency buffer holds this many hits of one process for each shard.  64 is far less
+# than the number of entries of any shard that several processes use, and moving 64
+# entries whose records were prefetched costs little more than moving 64 cached ones.
 RECENCY_SIZE = 64
 RECENCY = cython.declare(cython.Py_ssize_t, RECENCY_SIZE)
 # Each insert also removes at most this many expired entries.
 EXPIRED_PER_INSERT = cython.declare(cython.Py_ssize_t, 4)
-# Optimistic reads before a reader queues up with the writers.
+# A reader tries this many optimistic reads before it queues up with the writers.
 ATTEMPTS = cython.declare(cython.int, 8)
-# Looks at a busy lock before sleeping: about 2 us, the length of several write
-# sections.
+# A waiter looks at a busy lock this often before it sleeps: that is about 2 us, the
+# length of several write sections.
 SPINS = cython.declare(cython.int, 40)
-# A sleeping waiter wakes this often (ns) to see whether the holder still lives.
+# A sleeping waiter wakes at this interval (ns) to see whether the holder still lives.
 LOOK_NS = cython.declare(cython.ulonglong, 25_000_000)
-# A reader believes that the writer inside stands still after so many looks: a rebuild
-# of a shard of 100,000 entries is done by then.
+# After this many looks a reader takes it that the writer inside the shard is stuck: the
+# rebuild of a shard of 100,000 entries takes less time.
 PATIENCE = cython.declare(cython.int, 4)
 # Placeholder token when the dead process left HOLDER empty; no real token is so small.
 UNKNOWN = cython.declare(cython.ulonglong, 1)
 # The first byte of a value that a bare unpackb() cannot read.
 RICH_BYTE = cython.declare(cython.uchar, RICH)
-# xxh3.h hashes up to this many bytes; the xxhash package hashes what is longer.
+# xxh3.h hashes up to this many bytes; the xxhash package hashes longer texts.
 XXH3_MAX = cython.declare(cython.Py_ssize_t, 128)
 
-# Numbers of words and bytes; and the words themselves.
+# Index is the type of numbers of words and bytes; Word is the type of the words.
 Index = cython.typedef(cython.Py_ssize_t)
 Word = cython.typedef(cython.ulonglong)

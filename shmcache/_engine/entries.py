@@ -1,21 +1,21 @@
-"""Entries: found, stored, reclaimed, evicted; and what is told of those that go.
+"""Entries: how they are found, stored, reclaimed and evicted, and who is told.
 
-What holds at every single store, and so at every instant at which a process may die: an
-entry is in the cache if and only if the version of its record is odd, and then its
-other fields, its key and its value are in place.  Therefore
+One rule holds after every single store, and so whenever a process dies: an entry is in
+the cache if and only if the version of its record is odd, and then its other fields,
+its key and its value are in place.  Therefore
 
 - a writer fills a free record and fresh blocks first, and publishes the entry by
   storing the version (``_store``);
-- an entry that goes has its version cleared first (``_unlink``);
+- whoever removes an entry clears its version first (``_unlink``);
 - an overwrite publishes a second record, and then unlinks the first.  If the writer
   dies in between, the rebuild keeps the higher version.
 
 Everything else is derived from the records, and ``rebuild.py`` derives it.
 
 All functions here are called with the lock of the shard held.  For that reason they run
-no Python code that could run anything else, and allocate no objects that the garbage
-collector tracks: a signal handler, a finalizer or another thread would find the shard
-half changed.
+no foreign Python code, and allocate no objects that the garbage collector tracks:
+otherwise a signal handler, a finalizer or another thread could find the shard half
+changed.
 """
 
 from typing import TYPE_CHECKING
@@ -92,7 +92,7 @@ class Entries(Wheel):
     notify: cython.bint  # entries stand for handles, whose owners must be told
     logs_evictions: cython.bint
     has_news: cython.bint  # one of the two logs has something for peers.report
-    # Cause, meta and key bytes of one entry after the other, as a flat list: the
+    # It is a flat list: cause, meta and key bytes of one entry, then of the next.  The
     # garbage collector tracks neither ints nor bytes.
     evicted_log: list
     age_bounds: cython.ulonglong[::1]  # of the histogram, in stamps
@@ -103,7 +103,7 @@ class Entries(Wheel):
     @cython.final
     @cython.exceptval(-1)
     def _find(self, b: Index, h32: Word, kind: cython.uint, key: bytes) -> Index:
-        # The slot of a key, or 0.
+        # Return the slot of a key, or 0.
         slot: Index = self.w32[self._bucket(b, h32)]
         want: cython.uint = make_meta(len(key), kind, 0)
         r: Index
@@ -129,7 +129,7 @@ class Entries(Wheel):
     def _find_live(
         self, b: Index, h: Word, kind: cython.uint, key: bytes, now: Word
     ) -> Index:
-        # The same, but an entry that has expired leaves on this occasion.
+        # Return the slot of a key, or 0.  If the entry has expired, remove it.
         slot: Index = self._find(b, h & MASK32, kind, key)
         if slot and self.w64[self._record(b, slot) + F64_EXPIRES] <= now:
             self._unlink(b, slot, EXPIRED, now)
@@ -139,8 +139,8 @@ class Entries(Wheel):
     @cython.cfunc
     @cython.final
     def _key(self, b: Index, v: Index) -> bytes:
-        # The key of a live entry, for callers that did not come with it.  Its hash must
-        # agree.
+        # Return the key of a live entry, for callers that do not have it.  The key must
+        # have the hash that the record names.
         meta: cython.uint = self.w32[2 * v + F_META]
         kind: cython.uint = kind_of(meta)
         if not is_live(self.w64[v]) or kind > LAST_KIND:
@@ -153,7 +153,8 @@ class Entries(Wheel):
     @cython.cfunc
     @cython.final
     def _value(self, b: Index, slot: Index, h: Word) -> bytes:
-        # The value of a live entry.  Its checksum must agree.
+        # Return the value of a live entry.  The value must have the checksum that the
+        # record names.
         r: Index = 2 * self._record(b, slot)
         meta: cython.uint = self.w32[r + F_META]
         value_len: Index = self.w32[r + F_VALUE_LEN]
@@ -170,7 +171,7 @@ class Entries(Wheel):
     @cython.final
     @cython.exceptval(-1)
     def _blocks_of(self, b: Index, slot: Index) -> Index:
-        # How many blocks an entry takes.
+        # Return how many blocks an entry takes.
         r: Index = 2 * self._record(b, slot)
         return self._need(key_len_of(self.w32[r + F_META]), self.w32[r + F_VALUE_LEN])
 
@@ -180,7 +181,7 @@ class Entries(Wheel):
     @cython.final
     @cython.exceptval(-1)
     def _unlink(self, b: Index, slot: Index, cause: Index, now: Word) -> cython.int:
-        # Take an entry out: its version first, and then all that refers to it.
+        # Remove an entry: clear its version first, and then all that refers to it.
         v: Index = self._record(b, slot)
         r: Index = 2 * v
         if not is_live(self.w64[v]):
@@ -237,8 +238,9 @@ class Entries(Wheel):
     @cython.final
     @cython.exceptval(-1)
     def _post_message(self, b: Index, r: Index, cause: Index) -> cython.int:
-        # Tell the owner of the handle that this record stands for.  The head is stored
-        # last, so a reader that stops at the head finds whole messages only.
+        # Send a message to the owner of the handle that this record stands for.  The
+        # head is stored last, so a reader that stops at the head finds only whole
+        # messages.
         key_len: Index = key_len_of(self.w32[r + F_META])
         block: Index = self.w32[r + F_BLOCK]
         head: Word = self.w64[b + S_MAILBOX_HEAD]
@@ -261,10 +263,10 @@ class Entries(Wheel):
     def _reclaim(
         self, b: Index, now: Word, limit: Index, thorough: cython.bint
     ) -> Index:
-        # Remove entries that have expired; returns how many.  At most ``limit`` entries
-        # leave the list they are in.  Entries that stay, because they expire later
-        # within this tick, do not count if ``thorough``: any number of them may stand
-        # before the one that has expired.
+        # Remove entries that have expired, and return how many.  At most ``limit``
+        # entries leave their list.  Entries that stay, because they expire later within
+        # this tick, do not count if ``thorough``: any number of them may stand before
+        # the one that has expired.
         removed: Index = 0
         stays: Index = self.slots if thorough else limit
         cython.declare(later=Word, expires=Word, number=Index, slot=Index, after=Index)
@@ -299,7 +301,8 @@ class Entries(Wheel):
                     return removed
                 slot = after
             if slot == 0 and later != NEVER:
-                # Only the current tick keeps entries, and all that are left are later.
+                # Only the list of the current tick keeps entries, and all that are left
+                # expire later.
                 self.w64[b + S_DUE] = later
                 return removed
         return removed
@@ -308,8 +311,8 @@ class Entries(Wheel):
     @cython.final
     @cython.exceptval(-2)
     def _turn_wheel(self, b: Index, now: Word) -> Index:
-        # Turn the wheel to the list that is due first, and return the number of that
-        # list; or -1 if none is due, and then DUE says when one will be.
+        # Turn the wheel to the list that is due first, and return its number.  If none
+        # is due, return -1 and set DUE to the time when one may be.
         target: Word = now >> WHEEL_TICK_BITS
         tick: Word = self.w64[b + S_TICK]
         if tick > MAX_EXPIRES >> WHEEL_TICK_BITS:
@@ -335,10 +338,10 @@ class Entries(Wheel):
     @cython.final
     @cython.exceptval(-1)
     def _evict(self, b: Index, now: Word, keep: Index) -> cython.bint:
-        # Make room by at least one entry: expired ones first, else the least recently
-        # used one that is not ``keep``.  False when there is none.  The search for
-        # expired ones is bounded, but not below what a single shard holds by default,
-        # where the order of eviction is exact.
+        # Remove at least one entry: expired ones, or else the least recently used one
+        # that is not ``keep``.  Return False if there is none.  The search for expired
+        # entries is bounded; the bound is not below the size of a single shard by
+        # default, so there the order of eviction is exact.
         rounds: cython.int = 0
         while now >= self.w64[b + S_DUE] and self.w64[b + S_DUE] and rounds < 256:
             if self._reclaim(b, now, 64, True):
@@ -371,8 +374,8 @@ class Entries(Wheel):
         ttl: cython.uint,
         now: Word,
     ) -> Word:
-        # Make a new record for the key, in place of ``old`` if that is not 0; returns
-        # its version.
+        # Make a new record for the key, which replaces ``old`` if that is not 0.
+        # Return its version.
         if cython.compiled and old:
             self._fetch_neighbours(b, old)
         key_len: Index = len(key)
@@ -406,8 +409,8 @@ class Entries(Wheel):
             self._wheel_insert(b, slot, expires, now)
         if old:
             self._unlink(b, old, REPLACED, now)
-        # The count is last: len() looks without the lock and must never see one too
-        # many.
+        # The count is stored last: len() reads it without the lock, and it must never
+        # be too high.
         self.w64[b + S_ENTRIES] += 1
         self.w64[b + S_SETS] += 1
         return version
@@ -418,8 +421,8 @@ class Entries(Wheel):
     def _make_room(
         self, s: Index, b: Index, old: Index, need: Index, now: Word
     ) -> Index:
-        # Make room for a record of ``need`` blocks; returns ``old``, or 0 if the old
-        # record had to go before.
+        # Make room for a record of ``need`` blocks.  Return ``old``, or 0 if the old
+        # record had to be removed.
         if self.w64[b + S_ENTRIES] > self.capacity[s]:
             raise Corrupt("entries")  # before all entries are evicted for it
         if old == 0:
@@ -428,7 +431,8 @@ class Entries(Wheel):
                     raise Corrupt("entries")
         while self._blocks_left(b) < need:
             if old and need + self._blocks_of(b, old) > self.blocks:
-                # Both can never fit side by side: for an instant there is neither.
+                # Both can never fit side by side, so for a moment the key has no
+                # record.
                 self._unlink(b, old, REPLACED, now)
                 old = 0
             elif not self._evict(b, now, old):
@@ -437,12 +441,12 @@ class Entries(Wheel):
 
     # --- overwriting a number in place ----------------------------------------------
     #
-    # Problem: a counter that moves to a new record and block at each step, for the sake
-    # of a death that seldom comes, costs three times what the step itself does.
+    # Problem: if a counter moved to a new record and block at each step, only because a
+    # process may die, a step would cost three times as much.
     # Mechanism: number, version and checksum are written down in the shard's header (a
-    # redo record, as in the log of a database) before the entry is touched, so whoever
-    # holds the lock next can finish an overwrite that was begun.  Readers are kept off
-    # as by any writer: the version is even meanwhile, and a different one afterwards.
+    # redo record, as in the log of a database) before the entry is touched, so the next
+    # holder of the lock can finish an overwrite that was begun.  Readers notice it as
+    # they notice any writer: the version is even meanwhile, and has changed afterwards.
     # Death in the middle: the rebuild begins with ``_redo``.  If the death came before
     # REDO_SLOT was stored, nothing of the entry has been changed.
 
@@ -452,8 +456,7 @@ class Entries(Wheel):
     def _begin_rewrite(
         self, b: Index, slot: Index, data: bytes, checksum32: cython.uint
     ) -> Word:
-        # Put eight bytes in place of the eight that are the entry's value; returns the
-        # new version.
+        # Overwrite the eight bytes of the entry's value, and return the new version.
         sequence: Word = self.w64[b + S_SEQUENCE] + 1
         version: Word = make_version(sequence)
         self.w64[b + S_SEQUENCE] = sequence
@@ -485,12 +488,13 @@ class Entries(Wheel):
     @cython.final
     @cython.exceptval(-1)
     def _redo(self, b: Index) -> cython.int:
-        # Finish what a dead writer began; nothing if the words make no sense.
+        # Finish what a dead writer began; do nothing if the words make no sense.
         slot: Word = self.w64[b + S_REDO_SLOT]
         version: Word = self.w64[b + S_REDO_VERSION]
         if 0 < slot <= cython.cast(Word, self.slots):
             v: Index = self._record(b, cython.cast(Index, slot))
-            # If the record has become another entry's, the checksum will not agree.
+            # If the record belongs to another entry by now, the checksum will not
+            # agree.
             if (
                 self.w64[v] < version <= make_version(self.w64[b + S_SEQUENCE])
                 and is_live(version)

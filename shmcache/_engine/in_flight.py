@@ -1,14 +1,14 @@
 """The in-flight table: which worker computes which absent key.
 
 Problem: single flight (``_recipes/single_flight.py``) needs one worker of the host to
-be the one that computes a key, and the others to see when that worker is done, or dead.
+compute a key, and the others to see when that worker is done or dead.
 
-Mechanism: each shard has a small open-addressed table of pairs, hash of the key and
-token of the worker, under the shard's lock.  A pair with token 0 is free.
+Mechanism: each shard has a small open-addressed table, under the shard's lock.  A pair
+in it is the hash of a key and the token of a worker.  A pair with token 0 is free.
 
 Death in the middle: the token is stored last and cleared first, so a half-written pair
-is a free one.  The pairs of a dead worker name its token, and whoever meets one takes
-it over or frees it.
+is a free one.  The pairs of a dead worker keep its token, so any process that meets one
+takes it over or frees it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -28,12 +28,12 @@ class InFlight(Steps):
     """Entering and leaving the in-flight table."""
 
     def _enter_flight(self, s: int, h: int, dead: int) -> int:
-        """Enter a key into the in-flight table, unless another worker has.
+        """Enter a key into the in-flight table, unless another worker has entered it.
 
         Args:
             s: The shard of the key.
             h: The hash of the key.
-            dead: A token whose pair is taken over; 0, none is.
+            dead: A token whose pair is taken over; 0 means that none is.
 
         Returns:
             0 if this worker computes the key now; else the token of the worker that
@@ -72,7 +72,7 @@ class InFlight(Steps):
         self._free_pairs(s, self.token, h, False)
 
     def _free_flights(self, s: int, token: int) -> None:
-        """Free all pairs of a worker, which is dead."""
+        """Free all pairs of a dead worker."""
         self._free_pairs(s, token, 0, True)
 
     @cython.cfunc
@@ -93,7 +93,7 @@ class InFlight(Steps):
         return 0
 
     def _fliers(self, s: int) -> Any:
-        """The set of tokens in the table of a shard; it looks without the lock."""
+        """Return the set of tokens in the table of a shard, read without the lock."""
         b: Index = self._base(s)
         i: Index
         tokens = set()

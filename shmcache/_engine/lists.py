@@ -1,14 +1,14 @@
 """Lists: hash chains, the LRU ring, free slots and free blocks.
 
 All of them are numbers in fixed arrays: a link names a slot or a block, and 0 names
-none.  Each operation is O(1), but for removing from a hash chain and for runs of
+none.  Each operation is O(1), except for removing from a hash chain and for runs of
 several blocks, which are O(length).  The caller holds the lock of the shard.
 
 Damage: a link that cannot be right raises ``Corrupt`` before anything is changed, so
-that unlinking never spreads damage; the shard is rebuilt then.
+that unlinking never spreads damage; then the shard is rebuilt.
 
-Death in the middle: any of these lists may be left half changed.  They say nothing that
-the records do not say, and the next holder of the lock rebuilds all of them.
+Death in the middle: any of these lists may be left half changed.  All that they say can
+be derived from the records, and the next holder of the lock rebuilds all of them.
 """
 
 from typing import TYPE_CHECKING
@@ -49,7 +49,8 @@ class Lists(Words):
     @cython.final
     @cython.exceptval(-1)
     def _chain_insert(self, b: Index, slot: Index, h32: Word) -> cython.int:
-        # At the head: of two records of one key a reader meets the newer one first.
+        # Insert at the head: if a key has two records, a reader meets the newer one
+        # first.
         head: Index = self._bucket(b, h32)
         self.w32[2 * self._record(b, slot) + F_CHAIN] = self.w32[head]
         if cython.compiled:
@@ -87,7 +88,7 @@ class Lists(Words):
             self.w32[before + F_LRU_NEXT] != slot
             or self.w32[after + F_LRU_PREV] != slot
         ):
-            # The neighbours do not know this slot.
+            # The neighbours do not link to this slot.
             raise Corrupt("LRU ring")
         self.w32[before + F_LRU_NEXT] = self.w32[r + F_LRU_NEXT]
         self.w32[after + F_LRU_PREV] = self.w32[r + F_LRU_PREV]
@@ -112,8 +113,8 @@ class Lists(Words):
     @cython.final
     @cython.exceptval(-1)
     def _take_slot(self, b: Index) -> Index:
-        # The slot that was freed last, which is still in the CPU's cache; else a fresh
-        # one.
+        # Take the slot that was freed last, which is still in the CPU's cache, or else
+        # a slot that was never used.
         slot: Index = cython.cast(Index, self.w64[b + S_FREE_SLOT])
         if slot:
             self.w64[b + S_FREE_SLOT] = self.w32[2 * self._record(b, slot) + F_CHAIN]
@@ -138,8 +139,8 @@ class Lists(Words):
     @cython.final
     @cython.exceptval(-1)
     def _take_blocks(self, b: Index, n: Index) -> Index:
-        # The first block of a run of n, whose last link is 0; the caller has made sure
-        # that there are n.
+        # Take a run of n blocks, whose last link is 0, and return the first one.  The
+        # caller has made sure that n blocks are free.
         links: Index = 2 * b + self.links4
         first: Index = cython.cast(Index, self.w64[b + S_FREE_BLOCK])
         last: Index = 0

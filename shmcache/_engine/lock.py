@@ -1,7 +1,7 @@
 """The lock of a shard: a semaphore as the queue, HOLDER as the owner, SEQ as the mark.
 
-Problem: a POSIX semaphore has no owner.  When the process that took it is killed, it
-stays taken for ever, and nobody can tell whether the data is whole.
+Problem: a POSIX semaphore has no owner.  If the process that took it is killed, it
+stays taken for ever, and nobody knows whether the data is whole.
 
 Mechanism: the semaphore is only the queue.  The worker that has its permit becomes the
 holder by changing HOLDER from 0 to its token, and only the holder may write.  SEQ is
@@ -20,8 +20,8 @@ The interpreted engine has no compare-and-swap.  It looks and then stores under 
 lock, which also goes when its owner dies.
 
 Order matters in two places.  A thread registers as a user of the semaphores before it
-tests ``closed``, and close() does the reverse, so one of them sees the other.  And
-whoever leaves stores HOLDER before it posts, so that whoever comes finds it free.
+tests ``closed``, and close() does the reverse, so one of them sees the other.  And a
+holder clears HOLDER before it posts, so that the next one finds it free.
 """
 
 import gc
@@ -87,7 +87,7 @@ if not cython.compiled:
 
 
 def close_semaphores(opened: Any) -> None:
-    """Close what ``_open_semaphores`` returned.  A second call does nothing."""
+    """Close what ``_open_semaphores`` returned; a second call does nothing."""
     if cython.compiled:
         i: Index
         address: Word
@@ -114,10 +114,10 @@ def leave_on_exit(lock_file: int, rows: int, count: int, paths: Any) -> int:
         lock_file: Descriptor of the segment's lock file.
         rows: The first of its bytes that stand for worker rows.
         count: How many there are.
-        paths: What to remove, the lock file first.
+        paths: The files to remove, the lock file first.
 
     Returns:
-        What ``left_before_exit`` takes to undo it; 0 if there is nothing to undo.
+        The argument for ``left_before_exit``; 0 if there is nothing to undo.
     """
     if cython.compiled:
         data: bytes = b"\0".join([os.fsencode(path) for path in paths]) + b"\0"
@@ -134,7 +134,7 @@ def left_before_exit(leaver: int, lock_file: int) -> None:
 
 @cython.cclass
 class Lock(Rebuild):
-    """Taking and giving back the lock of a shard, and taking over from the dead."""
+    """The lock of a shard: how it is taken, given back, and taken over."""
 
     sems: cython.ulonglong[::1]  # compiled: addresses, 0 for a closed one
     pysems: Any  # interpreted: posix_ipc's objects
@@ -156,7 +156,7 @@ class Lock(Rebuild):
             names: Their names, one for each shard.
 
         Returns:
-            What ``close_semaphores`` takes.
+            The argument for ``close_semaphores``.
         """
         if not cython.compiled:
             self.opened = self.pysems = [PosixSemaphore(name) for name in names]
@@ -179,8 +179,8 @@ class Lock(Rebuild):
 
     def _close_semaphores(self) -> None:
         # If other threads still use the semaphores, the last one to leave calls again.
-        # This thread's own entry in ``inside`` does not count: it is of a call that an
-        # exception from a signal handler has ended.
+        # This thread's own entry in ``inside`` does not count: it was left by a call
+        # that an exception from a signal handler has ended.
         if self.waiting or len(self.inside) > (get_ident() in self.inside):
             return
         close_semaphores(self.opened)
@@ -191,7 +191,7 @@ class Lock(Rebuild):
         self.owners = owners
         self.row = row
         self.random = seed | 1
-        # The threads that waited are those of the process that forked this one.
+        # Threads that waited belong to the parent process, and do not run here.
         self.waiting = 0
         self.inside = {}
         self.token = token
@@ -200,7 +200,7 @@ class Lock(Rebuild):
         """Let go of the views, so that the mapping can be closed.
 
         If another thread is in the middle of a call (in a codec or clock written in
-        Python), its next step finds no words, or no semaphore.
+        Python), its next step finds no words or no semaphore, and fails.
         """
         self.token = 0
         self.guard = memoryview(array("Q", [1]))  # differs from the token: closed
@@ -324,9 +324,9 @@ class Lock(Rebuild):
         return 0
 
     def _take_permit(self, s: int, timeout: float) -> bool:
-        # Interpreted.  posix_ipc lets other threads run meanwhile, and one of them may
-        # close the cache.  Order matters: this registers first and then tests
-        # ``closed``; close() does the reverse.
+        # This is for the interpreted engine.  posix_ipc lets other threads run
+        # meanwhile, and one of them may close the cache.  Order matters: this registers
+        # first and then tests ``closed``; close() does the reverse.
         if cython.compiled:
             raise NotImplementedError
         me = get_ident()
@@ -348,7 +348,8 @@ class Lock(Rebuild):
         return got
 
     def _hold_interpreted(self, s: int, b: int) -> bool:
-        # With the permit in hand; False when it turns out to be a spare one.
+        # Become the holder, with the permit taken.  Return False if the permit is a
+        # spare one.
         return self._replace_holder(s, b, 0)
 
     # --- the slow way in ------------------------------------------------------------
@@ -357,8 +358,8 @@ class Lock(Rebuild):
     @cython.final
     @cython.exceptval(-1)
     def _wait(self, s: Index, b: Index, patient: cython.bint) -> cython.bint:
-        # Spin a little, then sleep; from time to time look at the holder.  With
-        # patient=False, return False if the holder is alive but stuck.
+        # Wait for the lock: spin a little, then sleep, and now and then look at the
+        # holder.  With patient=False, return False if the holder is alive but stuck.
         self._require_joined()  # the cache may have been closed since the call began
         started: Word = monotonic_ns()
         holder: Word
@@ -400,7 +401,8 @@ class Lock(Rebuild):
                 last_holder = holder
                 last_acquisitions = acquisitions
             if monotonic_ns() - started > self.lock_timeout:
-                # This counter is exact only if nobody else times out just now.
+                # This thread does not hold the lock, so the count may miss another
+                # timeout at the same moment.
                 self._count(b + S_LOCK_TIMEOUTS, 1)
                 raise LockTimeout(
                     self.peers.describe_wait(s, holder, monotonic_ns() - started)
@@ -410,7 +412,7 @@ class Lock(Rebuild):
     @cython.final
     @cython.exceptval(-1)
     def _spin(self, s: Index, b: Index) -> cython.bint:
-        # Compiled: look at a busy lock for about 2 us before sleeping.
+        # Look at a busy lock for about 2 us before sleeping (compiled only).
         _i: cython.int
         for _i in range(SPINS):
             pause()
@@ -423,7 +425,8 @@ class Lock(Rebuild):
     @cython.final
     @cython.exceptval(-2)
     def _sleep(self, s: Index) -> cython.int:
-        # Wait a while for a permit: 1, we have it; 0, no; -1, a signal came.
+        # Wait a while for a permit.  Return 1 if we have it, 0 if not, -1 if a signal
+        # came.
         got: cython.int = 0
         if cython.compiled:
             self.waiting += 1
@@ -446,8 +449,8 @@ class Lock(Rebuild):
     @cython.final
     @cython.exceptval(-1)
     def _require_open_after_sleep(self, s: Index, got: cython.int) -> cython.int:
-        # Another thread may have closed the cache meanwhile; then the permit, if we
-        # have it, goes back, and the last thread closes the semaphores.
+        # Another thread may have closed the cache meanwhile.  Then give back the permit
+        # if we have it; the last thread closes the semaphores.
         if self.guard[0] != self.token:
             if got > 0:
                 self._post(s)
@@ -478,8 +481,8 @@ class Lock(Rebuild):
     def _take_over(
         self, s: Index, b: Index, holder: Word, nobody: cython.bint
     ) -> cython.bint:
-        # Take the lock over from a dead holder; or from nobody, if HOLDER has been
-        # empty and the permit gone for two looks.
+        # Take the lock over from a dead holder.  Without a holder, take it over if
+        # HOLDER was empty and the permit gone at two looks in a row.
         if holder:
             if not self.peers.is_dead(s, holder):
                 return False
@@ -494,7 +497,7 @@ class Lock(Rebuild):
     @cython.final
     @cython.exceptval(-1)
     def _replace_holder(self, s: Index, b: Index, holder: Word) -> cython.bint:
-        # Become the holder in place of another one (0: nobody), unless it has changed.
+        # Replace the holder (0: nobody) by this worker, unless HOLDER has changed.
         if cython.compiled:
             if not cas(cython.address(self.w64[b + S_HOLDER]), holder, self.token):
                 return False
@@ -520,9 +523,9 @@ class Lock(Rebuild):
     @cython.final
     @cython.exceptval(-1)
     def _rebuild_and_log(self, s: Index, b: Index, dead: Word) -> cython.int:
-        # With the lock held: rebuild what a holder left half done, and note the facts.
-        # ``dead`` is the token of the holder that died; 0 if none did, but damage was
-        # met.
+        # Rebuild what a holder left half done, and note it in the repair log; the lock
+        # is held.  ``dead`` is the token of the holder that died, or 0 if the reason is
+        # damage.
         started: Word = monotonic_ns()
         torn: cython.bint = self.w64[b + S_SEQ] & 1
         dropped: Index = 0
@@ -539,7 +542,7 @@ class Lock(Rebuild):
             self.repair_log.append((s, dead, torn, dropped, monotonic_ns() - started))
             self.has_news = True
         except BaseException:
-            # There was no memory.  SEQ stays odd, and tells the next holder to rebuild.
+            # There was no memory.  SEQ stays odd, so the next holder rebuilds.
             self._release(s, b)
             raise
         finally:
@@ -548,9 +551,10 @@ class Lock(Rebuild):
         return 0
 
     def _release_left(self, frame: Any) -> None:
-        # Interpreted: give back what an exception from a signal handler has left taken.
-        # ``frame`` is the caller of the operation; if it is inside another one (called
-        # by a signal handler, or a codec), the outer operation will look.
+        # Give back locks that an exception from a signal handler has left taken
+        # (interpreted only).  ``frame`` is the caller of the operation.  If it is
+        # inside another operation (a signal handler or a codec made the call), the
+        # outer one gives them back.
         while frame is not None:
             if frame.f_globals.get("__name__", "").startswith("shmcache._engine."):
                 return
@@ -568,7 +572,8 @@ class Lock(Rebuild):
     @cython.final
     @cython.exceptval(-1)
     def _report(self) -> cython.int:
-        # Hand over what was noted while a lock was held; it has been given back.
+        # Pass on the logs that were written while a lock was held; it has been given
+        # back.
         repairs, self.repair_log = self.repair_log, []
         evictions: list = self.evicted_log
         self.evicted_log = []

@@ -1,4 +1,4 @@
-"""Looking up: reads without the lock, and under it where that cannot tell.
+"""Looking up: a read takes no lock, unless only the lock gives a certain answer.
 
 Problem: a lock around every read makes readers wait for readers.
 
@@ -8,12 +8,13 @@ then looks at the record's version once more.  If the version is odd and unchang
 copy is of one live entry, whatever happened to other entries meanwhile.  "Not found"
 holds only if the shard's SEQ was even and is unchanged.
 
-After a few vain attempts the reader takes the lock like a writer - unless the writer
-inside makes no progress and yet lives (it was stopped, or its host is starved).  Then
-nothing moves, so what a walk finds is there, and what it does not find is missing.
+After a few vain attempts the reader takes the lock like a writer, unless the writer
+inside the shard is alive but stuck (it was stopped, or the host is overloaded).  Then
+nothing in the shard changes, so an entry that a walk finds is there, and one that it
+does not find is absent.
 
-Death in the middle: readers write nothing to the shard but ``expires`` of sliding
-entries, which is one compare-and-swap.
+Death in the middle: readers write only ``expires`` of sliding entries to the shard, by
+one compare-and-swap.
 
 The interpreted engine has no memory fences, so it takes the lock for every read.
 """
@@ -77,7 +78,7 @@ class Lookup(Lock):
     @cython.cfunc
     @cython.final
     def _lookup(self, key: Any, mode: cython.int) -> Any:
-        # The value of a key, or True if the value is not wanted; MISSING when absent.
+        # Return the value of a key (True if the value is not wanted), or ABSENT.
         self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
@@ -100,10 +101,10 @@ class Lookup(Lock):
         mode: cython.int,
         stuck: cython.bint,
     ) -> Any:
-        # The lock must tell if the shard is too busy, the entry has expired (and must
-        # go), or damage was met.  ``stuck`` says that the lock is not to be had,
-        # because the writer inside the shard stands still; then an expired entry counts
-        # as missing, and the result may be UNSURE.
+        # Read under the lock only if the shard is too busy, if the entry has expired
+        # and must be removed, or if there is damage.  ``stuck`` says that the lock
+        # cannot be taken because its holder is stuck; then an expired entry counts as
+        # absent, and the result may be UNSURE.
         cython.declare(_attempt=cython.int, slot=Index, version=Word)
         try:
             for _attempt in range(ATTEMPTS):
@@ -134,8 +135,8 @@ class Lookup(Lock):
     def _walk_optimistic(
         self, b: Index, h32: Word, kind: cython.uint, kb: bytes, stuck: cython.bint
     ) -> tuple[Index, Word]:
-        # The slot of a key and the version that its record had; slot 0 if the key is
-        # certainly absent, -1 if this walk cannot tell.
+        # Return the slot of a key and the version of its record.  Slot 0 means that the
+        # key is certainly absent, and -1 that this walk cannot tell.
         want: cython.uint = make_meta(len(kb), kind, 0)
         seq: Word = self._get_word(b + S_SEQ)
         slot: Index = self.w32[self._bucket(b, h32)]
@@ -179,8 +180,8 @@ class Lookup(Lock):
         mode: cython.int,
         stuck: cython.bint,
     ) -> Any:
-        # What _lookup returns of the entry in a slot; MOVED if it has another version
-        # by now, UNSURE if the lock must tell.
+        # Return what _lookup returns for the entry in a slot.  Return MOVED if its
+        # version has changed, and UNSURE if the caller must read under the lock.
         v: Index = self._record(b, slot)
         r: Index = 2 * v
         value_len: Index = self.w32[r + F_VALUE_LEN]
@@ -193,7 +194,7 @@ class Lookup(Lock):
         if version != self._get_word(v):
             return MOVED
         if mode & WANTS_VALUE:
-            # Only now is the length known to be that of the entry.
+            # The version was unchanged, so the length is that of the entry.
             if self._need(len(kb), value_len) > self.blocks:
                 return UNSURE
             data = self._copy_out(b, block, len(kb), value_len)
@@ -218,7 +219,7 @@ class Lookup(Lock):
     @cython.cfunc
     @cython.final
     def _decode(self, data: bytes) -> Any:
-        # Most values go to msgpack without a detour.
+        # Decode a value; most values go directly to msgpack.
         if self.fast_unpack and len(data) and data[0] != RICH_BYTE:
             try:
                 return unpackb(data)
@@ -230,7 +231,8 @@ class Lookup(Lock):
     @cython.final
     @cython.exceptval(-1)
     def _is_alive(self, v: Index, expires: Word, mode: cython.int) -> cython.bint:
-        # Whether an entry with an expiry lives.  In a sliding cache a use renews it.
+        # Return whether an entry with an expiry is alive.  In a sliding cache a use
+        # renews it.
         now: Word = self._now()
         if expires <= now:
             return False
@@ -240,8 +242,8 @@ class Lookup(Lock):
             later = now + unpack_ttl(ttl)
             if ttl and later > expires:
                 if cython.compiled:
-                    # If the record has become another entry's since, this fails, unless
-                    # that one was to expire at the same nanosecond.
+                    # If the record belongs to another entry by now, this fails, unless
+                    # that entry expires at the same nanosecond.
                     cas(cython.address(self.w64[v + F64_EXPIRES]), expires, later)
                 else:
                     self.w64[v + F64_EXPIRES] = later
@@ -254,7 +256,7 @@ class Lookup(Lock):
         self, s: Index, b: Index, slot: Index, version: Word
     ) -> cython.int:
         # Put a hit into the recency buffer.  A full buffer is applied if the lock is
-        # free; else its older half is forgotten.
+        # free; else its older half is dropped.
         at: Index = s * RECENCY
         n: Index = self.recent_count[s]
         i: Index
@@ -288,7 +290,7 @@ class Lookup(Lock):
         kb: bytes,
         mode: cython.int,
     ) -> Any:
-        # The same as _read_optimistic, but it can always tell.
+        # Do the same as _read_optimistic, but always with a certain answer.
         now: Word = self._now()
         data: bytes = b""
         tag: cython.uint = 0
@@ -320,7 +322,8 @@ class Lookup(Lock):
     @cython.final
     @cython.exceptval(-1)
     def _count_lookup(self, b: Index, slot: Index) -> cython.int:
-        # A hit (with its effects) or, for slot 0, a miss, under the lock.
+        # Count a hit and use the entry, or count a miss if the slot is 0; the lock is
+        # held.
         v: Index
         if slot == 0:
             self.w64[b + S_MISSES] += 1

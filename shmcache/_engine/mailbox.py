@@ -4,8 +4,9 @@ Problem: any process may evict the entry of a handle, but only its owner can clo
 
 Mechanism: each shard has a ring of messages (token of the owner, number of the handle,
 cause).  ``_unlink`` posts one under the lock (``_post_message`` in ``entries.py``);
-each owner reads on from where it was, without the lock.  A reader that the ring has
-overtaken is told that messages are lost, and compares its handles with the map.
+each owner reads on from the last message that it has read, without the lock.  If
+messages were overwritten before an owner read them, the owner is told so, and compares
+its handles with the map.
 
 Death in the middle: the head is stored after the message, so no half-written message is
 read.  A death between unlinking and posting leaves SEQ odd, and the rebuild moves the
@@ -71,7 +72,7 @@ class Mailbox(InFlight):
         return head, out
 
     def _renew(self, key: Any) -> bool:
-        """Use an entry without reading its value; whether it is there.  O(1)."""
+        """Use an entry without reading its value; return whether it is there.  O(1)."""
         return self._lookup(key, COUNTS_AS_USE) is not ABSENT
 
     def _discard(self, key: Any, owner: int, number: int, cause: int) -> bool:
@@ -80,7 +81,7 @@ class Mailbox(InFlight):
         Args:
             key: The key of the entry.
             owner: The token that the entry must have.
-            number: The number that it must have; 0 means any.
+            number: The number of the handle that the entry must have; 0 means any.
             cause: The cause to tell the owner.
 
         Returns:

@@ -1,7 +1,7 @@
 """Numbers: ``incr``, which reads, adds and stores under one hold of the lock.
 
 A number of 64 bits that keeps its type and its expiry is overwritten in place (see
-``entries.py``); any other becomes a new record, like every value.
+``entries.py``); any other number becomes a new record, like every value.
 
 Death in the middle: the redo record finishes an overwrite in place; a new record is
 published like any other.
@@ -49,7 +49,8 @@ if cython.compiled:
 @cython.cfunc
 @cython.exceptval(-1)
 def is_far(number: Any) -> cython.bint:
-    # Whether an int has more than 64 bits: no sum of it and a 64-bit int fits into 64.
+    # Return whether an int has more than 64 bits, so that no sum with a 64-bit int fits
+    # into 64 bits.
     if type(number) is not int:
         return False
     if cython.compiled:
@@ -65,7 +66,7 @@ def is_far(number: Any) -> cython.bint:
 
 @cython.cfunc
 def number_bytes(number: Any) -> Any:
-    # Eight bytes of an int or float; None for an int that needs more.
+    # Return an int or float as eight bytes; None if an int needs more.
     if cython.compiled:
         word: cython.longlong
         real: cython.double
@@ -91,7 +92,7 @@ def number_bytes(number: Any) -> Any:
 
 @cython.cfunc
 def number_of(data: bytes, tag: cython.uint) -> Any:
-    # The reverse.
+    # Return eight bytes as an int or float: the reverse of number_bytes.
     if cython.compiled:
         if tag == INT_TAG:
             return cython.cast(
@@ -110,7 +111,7 @@ class Numbers(Mailbox):
     @cython.cfunc
     @cython.final
     def _add(self, key: Any, delta: Any, initial: Any, ttl: Any) -> Any:
-        # Add to a number, and return the sum: see incr in operations.py.
+        # Add to a number, and return the sum; see incr in operations.py.
         self._require_joined()
         self._require_numbers(delta, initial)
         kb: bytes = key_bytes(key)
@@ -162,7 +163,7 @@ class Numbers(Mailbox):
             )
         if is_far(delta) or is_far(initial):
             raise OverflowError(
-                "delta or initial is so far beyond 64 bits that the sum must be, too;"
+                "delta or initial is so far beyond 64 bits that no sum with it fits;"
                 " use smaller numbers"
             )
         return 0
@@ -182,7 +183,7 @@ class Numbers(Mailbox):
     @cython.cfunc
     @cython.final
     def _number_at(self, b: Index, slot: Index, h: Word) -> Any:
-        # The number that an entry holds; None if it holds none.
+        # Return the number that an entry holds, or None if it holds none.
         tag: cython.uint = tag_of(self.w32[2 * self._record(b, slot) + F_META])
         data: bytes = self._value(b, slot, h)  # its checksum vouches for the tag
         if (tag == INT_TAG or tag == FLOAT_TAG) and len(data) == 8:
@@ -206,7 +207,8 @@ class Numbers(Mailbox):
         keep_expiry: cython.bint,
         now: Word,
     ) -> cython.int:
-        # Store a number in place of the one in the slot, or anew if that is 0.
+        # Store a number in place of the one in the slot, or as a new entry if the slot
+        # is 0.
         tag: cython.uint = INT_TAG if type(number) is int else FLOAT_TAG
         ttl: cython.uint = pack_ttl(ns)
         expires: Word = now + ns if ns else NEVER

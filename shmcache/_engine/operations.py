@@ -1,8 +1,7 @@
 """Operations: the engine's last part, with the public methods that must be fast.
 
-``Cache`` in ``shmcache/cache.py`` is a subclass of ``Engine``; it adds what a call can
-afford to do in Python: settings, coming and going, iteration, single flight,
-statistics.
+``Cache`` in ``shmcache/cache.py`` is a subclass of ``Engine``; it adds the parts that
+need not be fast: settings, attaching and closing, iteration, single flight, statistics.
 """
 
 import functools
@@ -58,8 +57,8 @@ class Engine(Numbers):
             seed: The seed of its key hashes.
             codec: Turns values into bytes and back.
             settings: An ``EngineSettings``.
-            recency: The process's own, from ``recency_buffers``.
-            peers: What the engine asks of the processes around it.
+            recency: The buffers of this process, from ``recency_buffers``.
+            peers: A ``Peers``, which answers questions about other processes.
         """
         self._bind_words(words, geometry, seed)
         self._bind_recency(recency)
@@ -97,13 +96,13 @@ class Engine(Numbers):
         self.inside = {}
 
     def _is_joined(self) -> bool:
-        """Whether this process may go ahead without ``peers.enter``."""
+        """Return whether this process may go ahead without ``peers.enter``."""
         return self.guard[0] == self.token
 
     # --- reading --------------------------------------------------------------------
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """Return the value of a key, or ``default`` when it is absent.
+        """Return the value of a key, or ``default`` if it is absent.
 
         A hit is a use: it renews the entry's LRU rank, and in a sliding cache its time.
         O(1), without a lock when compiled.
@@ -143,7 +142,7 @@ class Engine(Numbers):
         return found
 
     def gets(self, key: Any) -> tuple:
-        """Return ``(value, token)`` for ``cas``; ``(None, None)`` when absent.  O(1).
+        """Return ``(value, token)`` for ``cas``, or ``(None, None)`` if absent.  O(1).
 
         The token stands for this version of the entry, and never for another one.
         """
@@ -166,10 +165,9 @@ class Engine(Numbers):
     # --- writing --------------------------------------------------------------------
 
     def set(self, key: Any, value: Any, ttl: Ttl = ...) -> None:
-        """Store a value, in place of the key's former one if there is one.  O(1).
+        """Store a value in place of the key's former value, if there is one.  O(1).
 
-        A full cache gives up what has expired, and then its least recently used
-        entries.
+        A full cache removes expired entries, and then its least recently used ones.
 
         Args:
             key: A str, bytes, int or tuple of these.
@@ -198,7 +196,7 @@ class Engine(Numbers):
                 f"set_many() takes a mapping, not a {type(mapping).__qualname__};"
                 " make a dict of pairs"
             )
-        self._ttl(ttl)  # a bad one is refused also if there is nothing to store
+        self._ttl(ttl)  # a bad one is refused even if there is nothing to store
         for key, value in mapping.items():
             self._put(key, value, ttl, ANY, 0)
 
@@ -228,7 +226,7 @@ class Engine(Numbers):
         if type(token) is not int:
             raise TypeError(f"token must be one that gets() returned, not {token!r}")
         if not 0 < token <= L.MASK64:
-            token = 0  # of no entry, like any other that gets() did not return
+            token = 0  # no entry has this version
         return self._put(key, value, ttl, CAS, token) != 0
 
     def touch(self, key: Any, ttl: Ttl = ...) -> bool:
@@ -250,7 +248,7 @@ class Engine(Numbers):
 
         Args:
             key: The key.
-            delta: An int or float.  An int and a float make a float.
+            delta: An int or float.  The sum of an int and a float is a float.
             initial: If the key is absent, ``initial + delta`` is stored.
             ttl: Left out, an entry keeps its expiry (in a sliding cache this is a hit,
                 which renews it); else as for ``set``.
@@ -258,8 +256,8 @@ class Engine(Numbers):
         Raises:
             KeyError: The key is absent, and no ``initial`` was given.
             TypeError: The value is no number.
-            OverflowError: The sum leaves 64 bits.  In all these cases nothing is
-                changed.
+            OverflowError: The sum does not fit into 64 bits.  In all these cases
+                nothing is changed.
         """
         return self._add(key, delta, initial, ttl)
 
@@ -299,7 +297,7 @@ class Engine(Numbers):
     def pop(self, key: Any, default: Any = MISSING) -> Any:
         """Remove an entry and return its value.  O(1).
 
-        Of several processes that pop one key, one gets the value.  When the key is
+        If several processes pop one key, only one gets the value.  If the key is
         absent, ``default`` is returned; without a default, KeyError is raised.
         """
         value = self._take(key, True)
@@ -312,10 +310,11 @@ class Engine(Numbers):
 
 # Interpreted, an exception out of a signal handler may strike between any two
 # bytecodes, and so also between taking the lock and the ``try`` that would give it
-# back.  The outermost call of a thread therefore looks for what it still holds.
+# back.  The outermost call of a thread therefore gives back any lock that it still
+# holds.
 
 if not cython.compiled:
-    # What is raised where words, semaphores or lock file have gone.
+    # These are raised where words, semaphores or the lock file are no longer there.
     OF_CLOSING = (IndexError, OSError, ValueError)
 
     def _guarded(method: Any) -> Any:

@@ -1,6 +1,6 @@
 """Rebuilding a shard: all lists and counts anew from the live records.
 
-Problem: whoever held the lock died, or was thrown out by an exception, or met an index
+Problem: the holder of the lock died, or was stopped by an exception, or met an index
 that makes no sense.  The lists may be in any state.
 
 Mechanism: the live records are the truth.  Each is examined (lengths, blocks that no
@@ -10,11 +10,12 @@ is kept as far as its links hold, from both ends; entries that neither walk reac
 to the end that is evicted first.
 
 Death in the middle: until the lists are written, only the versions of damaged records
-are changed, and the next rebuild derives the lists again.  The ring is laid from the
+are changed, and the next rebuild derives the lists again.  The ring is linked from the
 most recently used entry on, each link in place of the old one, so that a second rebuild
 finds the same order.
 
-The caller holds the lock, and has switched the garbage collector off: this allocates.
+The caller holds the lock, and has switched the garbage collector off, because a rebuild
+allocates objects.
 """
 
 from array import array
@@ -91,7 +92,7 @@ if not cython.compiled:
 
 @cython.cclass
 class Examined:
-    """What one rebuild knows of the slots and blocks of its shard."""
+    """What a rebuild has found out about the slots and blocks of its shard."""
 
     claimed: cython.uchar[::1]  # blocks that a sound record has
     state: cython.uchar[::1]  # slots: 1, live and sound; 2, in ``order`` as well
@@ -117,9 +118,9 @@ class Rebuild(Entries):
     @cython.final
     @cython.exceptval(-1)
     def _rebuild(self, b: Index) -> Index:
-        # Rebuild a shard; returns how many entries were given up.  The time of the
-        # wheel.  A user's clock is Python code, so it is not asked now; a wheel in the
-        # past turns by itself, while one in the future would not.
+        # Rebuild a shard, and return how many entries were given up.  A user's clock is
+        # Python code, so it is not asked now, and the wheel starts from 0 instead: a
+        # wheel in the past catches up by itself, while one in the future would not.
         seen: Examined = Examined(
             self.slots, self.blocks, self._now() if self.clock is None else 0
         )
@@ -133,9 +134,9 @@ class Rebuild(Entries):
         self._refree_slots(b)
         self._refree_blocks(b, seen)
         if self.notify:
-            # Nobody knows which messages are missing.  The head moves on as if more had
-            # come than there is room for, so every owner compares its handles with what
-            # is here.
+            # Nobody knows which messages are missing.  The head moves on as if more
+            # messages had been posted than the mailbox holds, so every owner compares
+            # its handles with the map.
             self._count(b + S_MAILBOX_HEAD, MAILBOX_SIZE + 1)
         self._count(b + S_DROPPED, seen.dropped)
         return seen.dropped
@@ -144,8 +145,9 @@ class Rebuild(Entries):
     @cython.final
     @cython.exceptval(-1)
     def _clean_counters(self, b: Index) -> cython.int:
-        # What no record tells: counters that cannot be, and half-written pairs of the
-        # in-flight table.  Safe, because each store makes one word plausible.
+        # Clean what cannot be derived from the records: impossible counters, and
+        # half-written pairs of the in-flight table.  This is safe, because each store
+        # makes one word plausible.
         cython.declare(i=Index, at=Index, token=Word, evicted=Word)
         for i in range(S_COUNTERS, S_COUNTERS_END):
             if self.w64[b + i] >> 62:  # the bound leaves room to count on
@@ -173,8 +175,8 @@ class Rebuild(Entries):
     @cython.final
     @cython.exceptval(-1)
     def _examine(self, b: Index, seen: Examined) -> cython.int:
-        # Find the sound records, and give up the damaged ones.  Safe, because a damaged
-        # record is never an entry, whoever looks.
+        # Find the sound records, and give up the damaged ones.  This is safe, because
+        # no reader accepts a damaged record as an entry.
         fresh: Index = 0
         sequence: Word = 0
         cython.declare(slot=Index, v=Index)
@@ -202,7 +204,7 @@ class Rebuild(Entries):
     @cython.final
     @cython.exceptval(-1)
     def _is_sound(self, b: Index, slot: Index, seen: Examined) -> cython.bint:
-        # Whether a live record can be kept; if so, its blocks are claimed for it.
+        # Return whether a live record can be kept; if so, claim its blocks for it.
         r: Index = 2 * self._record(b, slot)
         meta: cython.uint = self.w32[r + F_META]
         key_len: Index = key_len_of(meta)
@@ -278,14 +280,14 @@ class Rebuild(Entries):
         slots: Index = self.slots
         count: Index = 0
         cython.declare(slot=Index, i=Index)
-        # Down from the most recently used one, as far as the links hold ...
+        # First walk down from the most recently used one, as far as the links hold ...
         slot = self.w32[2 * self._record(b, 0) + F_LRU_NEXT]
         while 0 < slot <= slots and seen.state[slot] == 1:
             seen.state[slot] = 2
             seen.order[count] = slot
             count += 1
             slot = self.w32[2 * self._record(b, slot) + F_LRU_NEXT]
-        # ... and up from the least recently used one, collected at the end.
+        # ... then walk up from the least recently used one, and collect at the end.
         tail: Index = slots + 1
         slot = self.w32[2 * self._record(b, 0) + F_LRU_PREV]
         while 0 < slot <= slots and seen.state[slot] == 1 and tail > count + 1:
@@ -307,9 +309,9 @@ class Rebuild(Entries):
     @cython.final
     @cython.exceptval(-1)
     def _empty_lists(self, b: Index) -> cython.int:
-        # Empty the hash chains and the wheel.  Safe, because SEQ is odd: readers take
-        # no "not found" for an answer now, and after a death the lists are emptied
-        # again.
+        # Empty the hash chains and the wheel.  This is safe, because SEQ is odd:
+        # readers do not believe "not found" now, and after a death the lists are
+        # emptied again.
         i: Index
         for i in range(self.slots):
             self.w32[2 * b + self.buckets4 + i] = 0
@@ -326,8 +328,8 @@ class Rebuild(Entries):
     @cython.final
     @cython.exceptval(-1)
     def _readmit(self, b: Index, seen: Examined) -> cython.int:
-        # Enter the sound records into hash chains and wheel.  Of two records of one
-        # key, whose overwrite was under way, the newer one counts.
+        # Insert the sound records into hash chains and wheel.  If an overwrite was
+        # under way, a key has two records; the newer one is kept.
         capacity: Word = self.capacity[(b - self.shards8) // self.stride8]
         used: Index = 0
         entries: Word = 0
@@ -339,7 +341,8 @@ class Rebuild(Entries):
                 if self.w64[self._record(b, other)] > self.w64[self._record(b, slot)]:
                     self._give_up(b, slot, seen)
                     continue
-                # The older one is in the lists already; it leaves, and this one enters.
+                # The older one is in the lists already; it is removed, and this one is
+                # inserted.
                 used -= self._give_up(b, other, seen)
                 entries -= 1
                 self._chain_remove(b, other)
@@ -365,7 +368,7 @@ class Rebuild(Entries):
     @cython.final
     @cython.exceptval(-1)
     def _twin(self, b: Index, slot: Index) -> Index:
-        # Another record of the same key that is in its bucket already, or 0.
+        # Return another record of the same key that is in its bucket already, or 0.
         r: Index = 2 * self._record(b, slot)
         meta: cython.uint = self.w32[r + F_META]
         key: bytes = self._copy_out(b, self.w32[r + F_BLOCK], 0, key_len_of(meta))
@@ -375,7 +378,7 @@ class Rebuild(Entries):
     @cython.final
     @cython.exceptval(-1)
     def _give_up(self, b: Index, slot: Index, seen: Examined) -> Index:
-        # Give up a sound record; returns the number of its blocks.
+        # Give up a sound record, and return the number of its blocks.
         v: Index = self._record(b, slot)
         self._put_word(v, self.w64[v] - 1)
         need: Index = self._blocks_of(b, slot)
@@ -386,8 +389,8 @@ class Rebuild(Entries):
     @cython.final
     @cython.exceptval(-1)
     def _relink_ring(self, b: Index, seen: Examined) -> cython.int:
-        # Lay the LRU ring.  Safe at every store: the links that are laid lead down from
-        # the most recently used entry, those that are not are the old ones.
+        # Link the LRU ring.  This is safe at every store: the new links lead down from
+        # the most recently used entry, and all others are still the old ones.
         before: Index = 0
         cython.declare(slot=Index, i=Index)
         for i in range(seen.count):

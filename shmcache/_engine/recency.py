@@ -6,11 +6,11 @@ the lock, and makes readers write to memory that all processes read.
 Mechanism: each process keeps a recency buffer for each shard, in its own memory: slot
 and version of its hits.  The buffer is applied to the ring under the lock, before the
 process's next write to the shard, or when the buffer is full and the lock is free (see
-``_remember_use`` in ``lookup.py``).  So LRU order is exact within one process; for the
-others a use shows at most one buffer later.  A hit whose entry has been overwritten
-since has another version, and is dropped.
+``_remember_use`` in ``lookup.py``).  So LRU order is exact within one process; other
+processes see a use after at most one buffer of hits.  If an entry has been overwritten
+since a hit, its version differs, and the hit is dropped.
 
-Death in the middle: a process takes its buffer with it, which costs recency and nothing
+Death in the middle: the buffer of the process is lost, which costs recency and nothing
 else.  A ring that is half changed is rebuilt by the next holder of the lock.
 """
 
@@ -41,7 +41,7 @@ if cython.compiled:
 
 
 def recency_buffers(shards: int) -> Any:
-    """Recency buffers for a process's first use of a segment.
+    """Make the recency buffers for a process's first use of a segment.
 
     All Cache objects of a process that are on one segment share them, because any of
     them may be the next to write.
@@ -50,8 +50,8 @@ def recency_buffers(shards: int) -> Any:
         shards: How many shards the segment has.
 
     Returns:
-        Three views: slots and versions (``RECENCY_SIZE`` for each shard), and the
-        number of those in use (one for each shard).
+        Three views: slots, versions (both ``RECENCY_SIZE`` for each shard), and how
+        many of them are in use (one number for each shard).
     """
     return (
         memoryview(array("I", bytes(4 * RECENCY_SIZE * shards))),
@@ -106,7 +106,8 @@ class Recency(Lists):
         cython.declare(i=Index, r=Index, slot=Index)
         self.recent_count[s] = 0
         if cython.compiled and n > 4:
-            # The records lie all over the slab: their lines are fetched side by side.
+            # The records are scattered over the segment: their cache lines are fetched
+            # in parallel.
             for i in range(n):
                 r = 2 * self._record(b, self.recent_slot[at + i])
                 prefetch(cython.address(self.w32[r]))
@@ -118,15 +119,16 @@ class Recency(Lists):
                 self._use(b, slot)
         return 0
 
-    # Lines of the slab that will be needed soon are asked for while there is other
-    # work.
+    # The functions below fetch cache lines that will be needed soon, while there is
+    # other work to do.
 
     @cython.cfunc
     @cython.final
     @cython.inline
     @cython.exceptval(-1)
     def _fetch_record(self, b: Index, h32: Word) -> cython.int:
-        # The first record of a bucket.  Without the lock it may be another one by then.
+        # Fetch the first record of a bucket.  Without the lock, another record may be
+        # first when it is read; then the fetch was in vain.
         slot: Index = self.w32[self._bucket(b, h32)]
         if slot <= self.slots:
             prefetch(cython.address(self.w32[2 * self._record(b, slot)]))
@@ -139,9 +141,9 @@ class Recency(Lists):
     @cython.exceptval(-1)
     def _fetch_block(self, b: Index, slot: Index) -> cython.int:
         # If all entries take one block each, slots and blocks are taken and freed
-        # together and so have the same numbers.  Then the block can be asked for before
-        # the record, which names it, has come.  This guess is made as long as the last
-        # entry that was found confirmed it.
+        # together and so have the same numbers.  Then the block can be fetched before
+        # the record, which names it, has arrived.  The guess is made as long as it was
+        # right for the last entry that was found.
         if self.in_step and slot <= self.blocks:
             at: Index = 8 * b + self.arena + (slot << self.block_shift)
             prefetch(cython.address(self.mem[at]))
@@ -154,7 +156,7 @@ class Recency(Lists):
     @cython.inline
     @cython.exceptval(-1)
     def _fetch_neighbours(self, b: Index, slot: Index) -> cython.int:
-        # The records before and behind a slot in the LRU ring.
+        # Fetch the records before and behind a slot in the LRU ring.
         r: Index = 2 * self._record(b, slot)
         near: Index = self.w32[r + F_LRU_PREV]
         prefetch(cython.address(self.w32[2 * self._record(b, near)]))

@@ -1,9 +1,9 @@
 """Steps: pieces of long work, each a short hold of one lock.
 
 Sweeping, iteration and clearing may concern millions of entries.  ``Cache`` does them
-in steps of some dozens, so that others get their turn in between.
+in steps of some dozens of entries, so that others get the lock in between.
 
-Death in the middle: between two steps a shard is as after any other operation.
+Death in the middle: between two steps a shard is as sound as between two operations.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ if cython.compiled:
 
 @cython.cclass
 class Steps(Writes):
-    """What ``Cache`` repeats until a shard is done."""
+    """The steps that ``Cache`` repeats until a shard is done."""
 
     def _step(self, s: int, limit: int) -> int:
         """Apply the recency buffer of a shard, and remove what has expired.
@@ -77,7 +77,7 @@ class Steps(Writes):
         return removed
 
     def _is_due(self, s: int) -> bool:
-        """Whether a shard may hold something expired; it looks without the lock."""
+        """Return whether a shard may hold something expired; this takes no lock."""
         due: Word = self.w64[self._base(s) + S_DUE]
         return due != 0 and self._now() >= due
 
@@ -238,7 +238,7 @@ class Steps(Writes):
         return kind_of(meta), key, tag_of(meta), data
 
     def _rebuild_shard(self, s: int) -> int:
-        """Rebuild a shard from its records; returns how many entries were given up."""
+        """Rebuild a shard from its records; return how many entries were given up."""
         b: Index = self._base(s)
         dropped: Index = 0
         self._acquire(s, b)

@@ -6,14 +6,14 @@ Mechanism: a hierarchical wheel (Varghese and Lauck 1987; levels are chosen by t
 highest differing bit, as Kafka and tokio do).  Time is counted in ticks of 2**20 ns.
 An entry that is due at tick t lies at level l, where l is the highest 6-bit digit in
 which t differs from the wheel's own tick, in the list of t's digit at that level.  So
-all of level l is due before all of level l + 1, one word of bits finds the first list
-of a level, and an entry moves at most six times in its life.  The list of the current
-tick may hold entries that are due a moment later; they stay in it.
+all entries of level l are due before those of level l + 1, one word of bits finds the
+first list of a level, and an entry moves at most six times in its life.  The list of
+the current tick may hold entries that are due a moment later; they stay in it.
 
 A reader of a sliding cache moves ``expires`` forward without the lock and leaves the
-entry where it is: when the entry is met too early, it is entered anew.
+entry where it is: if the wheel meets the entry too early, it inserts it again.
 
-Death in the middle: the rebuild enters every live record anew.
+Death in the middle: the rebuild inserts every live record again.
 """
 
 from typing import TYPE_CHECKING
@@ -58,7 +58,7 @@ class Wheel(Recency):
     ) -> cython.int:
         due: Word = self.w64[b + S_DUE]
         if due == 0 or due == NEVER:
-            # Nothing else is in the wheel, so it may stand at the present.
+            # Nothing else is in the wheel, so its tick may be set to the present.
             self.w64[b + S_TICK] = now >> WHEEL_TICK_BITS
             due = NEVER
         tick: Word = self.w64[b + S_TICK]
@@ -127,9 +127,9 @@ class Wheel(Recency):
     @cython.final
     @cython.exceptval(-2)
     def _wheel_next(self, b: Index) -> Index:
-        # The number of the list that is due first, or -1 when the wheel is empty.  A
-        # list of a higher level whose time has begun (its spreading was interrupted)
-        # comes before all others.
+        # Return the number of the list that is due first, or -1 if the wheel is empty.
+        # A list of a higher level comes first if its time has begun: an earlier call
+        # stopped in the middle of spreading it.
         tick: Word = self.w64[b + S_TICK]
         level: Index = WHEEL_LEVELS - 1
         cython.declare(bits=Word, digit=cython.uint)

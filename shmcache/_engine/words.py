@@ -1,4 +1,4 @@
-"""Words and bytes: the views of the segment, and everything that finds its way in them.
+"""Words and bytes: the views of the segment, and the functions that address them.
 
 A segment is seen as 64-bit words (``w64``), as 32-bit words (``w32``) and as bytes
 (``mem``).  The letters that run through all parts are:
@@ -13,8 +13,8 @@ Bounds are checked twice: the views check every index, and ``_record`` and ``_bl
 check numbers that come from the segment, so a damaged number becomes ``Corrupt`` (an
 IndexError, which is what a view raises) and never a wild access.
 
-Death in the middle: nothing here changes the segment but ``_copy_in``, which fills
-blocks that no entry has yet.
+Death in the middle: only ``_copy_in`` changes the segment here, and it fills blocks
+that belong to no entry yet.
 """
 
 import sys
@@ -78,14 +78,15 @@ class Missing:
 
 
 MISSING = Missing()
-# C variables, because a hot path would look a module's name up in a dict.
+# These are C variables, because a module's names are looked up in a dict, which is
+# slow.
 ABSENT = cython.declare(object, MISSING)
 UNSURE = cython.declare(object, Missing())  # a read without the lock could not tell
 MOVED = cython.declare(object, Missing())  # the record has changed during the copy
 
 
 class Corrupt(IndexError):
-    """A number in the segment points where nothing can be.
+    """Raised when a number in the segment points where nothing can be.
 
     It is an IndexError because that is what the bounds check of a view raises.
     """
@@ -94,7 +95,7 @@ class Corrupt(IndexError):
 @cython.cfunc
 @cython.inline
 def key_bytes(key: Any) -> Any:
-    # All refusals, and the bytes of the rarer kinds, are the business of encode_key.
+    # encode_key makes the bytes of the rarer kinds, and refuses what is no key.
     if type(key) is str:
         try:
             if cython.compiled:
@@ -122,7 +123,7 @@ def key_kind(key: Any) -> cython.uint:
 @cython.inline
 @cython.exceptval(check=False)
 def pack_ttl(ns: Word) -> cython.uint:
-    # The C twin of layout.pack_ttl.
+    # This is the C twin of layout.pack_ttl.
     unit: cython.uint = 0
     while ns > TTL_VALUE:
         ns = (ns + 999) // 1000
@@ -134,7 +135,7 @@ def pack_ttl(ns: Word) -> cython.uint:
 @cython.inline
 @cython.exceptval(check=False)
 def unpack_ttl(word: cython.uint) -> Word:
-    # The C twin of layout.unpack_ttl.
+    # This is the C twin of layout.unpack_ttl.
     ns: Word = word & TTL_VALUE
     unit: cython.uint = word >> 30
     while unit > 0:
@@ -147,7 +148,7 @@ def unpack_ttl(word: cython.uint) -> Word:
 @cython.inline
 @cython.exceptval(-1)
 def ttl_ns(ttl: Any) -> Word:
-    # Seconds as nanoseconds; ttl_to_ns refuses, and explains, everything unusual.
+    # Return seconds as nanoseconds; ttl_to_ns checks all unusual arguments.
     if cython.compiled:
         ns: cython.double
         if type(ttl) is float:
@@ -161,7 +162,7 @@ def ttl_ns(ttl: Any) -> Word:
 @cython.inline
 @cython.exceptval(-1)
 def word_of(data: bytes) -> Word:
-    # Eight bytes as a word of this machine.
+    # Return eight bytes as a word in the byte order of this machine.
     if cython.compiled:
         return cython.cast(
             cython.p_ulonglong, cython.cast(cython.p_void, PyBytes_AS_STRING(data))
@@ -171,7 +172,7 @@ def word_of(data: bytes) -> Word:
 
 @cython.cfunc
 def bytes_of(word: Word) -> bytes:
-    # The reverse.
+    # Return a word as eight bytes: the reverse of word_of.
     if cython.compiled:
         return PyBytes_FromStringAndSize(
             cython.cast("const char *", cython.address(word)), 8
@@ -206,10 +207,10 @@ class Words:
     stamp_zero: Word  # ns of the cache's clock at creation
     seed: Word
     clock: Any
-    # What the engine asks of the processes around it: see _process/peers.py.
+    # The engine asks it about the processes around it: see _process/peers.py.
     peers: Any
     if cython.compiled:
-        # Set by close(), and read by threads that are inside a call meanwhile.
+        # close() sets it; threads that are inside a call at that time read it.
         closed = cython.declare(cython.bint, visibility="public")
 
     def _bind_words(self, words: Any, geometry: Any, seed: int) -> None:
@@ -280,7 +281,8 @@ class Words:
     @cython.final
     @cython.inline
     def _place(self, key: Any, kb: bytes) -> tuple[cython.uint, Word, Index, Index]:
-        # Kind and hash of a key, and the shard that it belongs to.
+        # Return the kind and hash of a key, the number of its shard, and the shard's
+        # first word.
         kind: cython.uint = key_kind(key)
         h: Word = self._hash(kb, kind)
         s: Index = shard_of(h, self.shards)
@@ -298,7 +300,8 @@ class Words:
     @cython.inline
     @cython.exceptval(-1)
     def _record(self, b: Index, slot: Index) -> Index:
-        # The first 64-bit word of a record; slot 0 is the sentinel of the LRU ring.
+        # Return the first 64-bit word of a record; slot 0 is the sentinel of the LRU
+        # ring.
         if slot < 0 or slot > self.slots:
             raise Corrupt("slot")
         return b + self.records8 + slot * 8
@@ -308,7 +311,7 @@ class Words:
     @cython.inline
     @cython.exceptval(check=False)
     def _bucket(self, b: Index, h32: Word) -> Index:
-        # The 32-bit word of the bucket of a hash.
+        # Return the 32-bit word of the bucket of a hash.
         return 2 * b + self.buckets4 + bucket_of(h32, cython.cast(Word, self.slots))
 
     @cython.cfunc
@@ -316,7 +319,7 @@ class Words:
     @cython.inline
     @cython.exceptval(-1)
     def _block_at(self, b: Index, block: Index) -> Index:
-        # The first byte of a block.
+        # Return the first byte of a block.
         if block <= 0 or block > self.blocks:
             raise Corrupt("block")
         return 8 * b + self.arena + (block << self.block_shift)
@@ -335,7 +338,7 @@ class Words:
     @cython.inline
     @cython.exceptval(check=False)
     def _need(self, key_len: Index, value_len: Index) -> Index:
-        # The number of blocks that an entry takes: at least one.
+        # Return the number of blocks that an entry takes: at least one.
         n: Index = key_len + value_len
         if n == 0:
             return 1
@@ -348,7 +351,7 @@ class Words:
     @cython.inline
     @cython.exceptval(-1)
     def _put_word(self, i: Index, value: Word) -> cython.int:
-        # A 64-bit store that no other store overtakes, in either direction.
+        # Store 64 bits; no store before or after it in the program overtakes it.
         if cython.compiled:
             store(cython.address(self.w64[i]), value)
             write_fence()
@@ -361,7 +364,7 @@ class Words:
     @cython.inline
     @cython.exceptval(-1)
     def _get_word(self, i: Index) -> Word:
-        # A 64-bit load that no later load overtakes.
+        # Load 64 bits; no later load overtakes this one.
         if cython.compiled:
             return load(cython.address(self.w64[i]))
         return self.w64[i]
@@ -420,8 +423,9 @@ class Words:
     @cython.cfunc
     @cython.final
     def _copy_out(self, b: Index, block: Index, offset: Index, n: Index) -> bytes:
-        # Bytes of a run of blocks.  A reader without the lock may get garbage, but
-        # every index is checked, and n, which the caller has checked, bounds the walk.
+        # Return bytes of a run of blocks.  A reader without the lock may get garbage,
+        # but every index is checked, and n, which the caller has checked, bounds the
+        # walk.
         at: Index
         done: Index = 0
         cython.declare(piece=Index, following=Index)
@@ -468,7 +472,7 @@ class Words:
     @cython.final
     @cython.exceptval(-1)
     def _same_key(self, b: Index, block: Index, key: bytes) -> cython.bint:
-        # Whether a run of blocks begins with the bytes of a key.
+        # Return whether a run of blocks begins with the bytes of a key.
         n: Index = len(key)
         if not cython.compiled:
             return self._copy_out(b, block, 0, n) == key
@@ -497,7 +501,7 @@ class Words:
     @cython.exceptval(-1)
     def _checksum(self, value: bytes, h: Word, tag: cython.uint) -> cython.uint:
         if cython.compiled:
-            # The C twin of layout.checksum.
+            # This is the C twin of layout.checksum.
             n: Index = len(value)
             total: Word = h ^ cython.cast(Word, tag) << 28
             if n <= XXH3_MAX:

@@ -1,9 +1,8 @@
 """Writes: storing, removing and renewing one entry, each a short hold of one lock.
 
-Everything that can be refused is refused, and everything that runs Python code is done
-(encoding the value, asking a user's clock), before the lock is taken.  Each function
-has the same shape: ``_begin``, the work in a ``try`` whose failure goes to ``_abort``,
-and ``_end``.
+Before the lock is taken, all arguments are checked, and all Python code is run (it
+encodes the value, and asks a user's clock).  Each function has the same shape:
+``_begin``, the work in a ``try`` whose failure goes to ``_abort``, and ``_end``.
 
 Death in the middle: see ``entries.py`` for the order of stores.
 """
@@ -61,7 +60,8 @@ class Writes(Lookup):
     @cython.inline
     @cython.exceptval(-1)
     def _ttl(self, ttl: Any) -> Word:
-        # A ttl argument in ns, 0 for "never"; an Ellipsis means that it was left out.
+        # Return a ttl argument in ns, 0 for "never"; an Ellipsis means that it was left
+        # out.
         if ttl is ...:
             return self.default_ttl
         if ttl is None:
@@ -73,7 +73,8 @@ class Writes(Lookup):
     @cython.inline
     @cython.exceptval(-1)
     def _shorten(self, ns: Word) -> Word:
-        # A TTL less a random part of at most ``jitter``, by xorshift64.
+        # Shorten a TTL by a random part of at most ``jitter``; the generator is
+        # xorshift64.
         if self.jitter == 0 or ns == 0:
             return ns
         x: Word = self.random
@@ -93,7 +94,7 @@ class Writes(Lookup):
     def _require_fits(
         self, s: Index, b: Index, key_len: Index, value_len: Index
     ) -> cython.int:
-        # Refuse an entry that could not be stored if the shard were empty.
+        # Refuse an entry that could not be stored even if the shard were empty.
         if (
             self._need(key_len, value_len) > self.blocks
             or key_len > LONGEST_KEY
@@ -136,8 +137,8 @@ class Writes(Lookup):
     def _put(
         self, key: Any, value: Any, ttl: Any, mode: cython.int, token: Word
     ) -> Word:
-        # Store a value; returns the new version, or 0 if the mode forbids to store.
-        # ``token``: for CAS, the version that the entry must have.
+        # Store a value, and return the new version, or 0 if the mode forbids it.  For
+        # CAS, ``token`` is the version that the entry must have.
         self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
@@ -182,7 +183,7 @@ class Writes(Lookup):
     @cython.cfunc
     @cython.final
     def _take(self, key: Any, want: cython.bint) -> Any:
-        # Remove an entry; returns its value (True if it is not wanted), or MISSING.
+        # Remove an entry, and return its value (True if it is not wanted), or ABSENT.
         self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
@@ -213,7 +214,8 @@ class Writes(Lookup):
     @cython.final
     @cython.exceptval(-1)
     def _renew_ttl(self, key: Any, ttl: Any) -> cython.bint:
-        # Give an entry a new time to live, which is a use, too; whether it was there.
+        # Give an entry a new time to live, which is a use, too.  Return whether it was
+        # there.
         self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
@@ -243,7 +245,8 @@ class Writes(Lookup):
     @cython.cfunc
     @cython.final
     def _read_versioned(self, key: Any) -> tuple:
-        # Value and version of a key, which count as a use; (None, None) when absent.
+        # Use an entry, and return its value and version, or (None, None) if it is
+        # absent.
         self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
@@ -275,7 +278,7 @@ class Writes(Lookup):
     @cython.final
     @cython.exceptval(-1)
     def _expiry(self, key: Any) -> Word:
-        # When an entry expires (ns, or NEVER); 0 when it is absent.
+        # Return when an entry expires (ns, or NEVER), or 0 if it is absent.
         self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)

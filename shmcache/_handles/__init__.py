@@ -1,4 +1,4 @@
-"""The parts of a handle map that handles.py puts together.
+"""The parts of a handle map, which handles.py puts together.
 
 Reading order: registry.py (the shared map: entries, mailboxes, reaping), delivery.py
 (how the owner of a handle learns that its entry has gone, exactly once),

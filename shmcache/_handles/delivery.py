@@ -3,14 +3,15 @@
 Problem: any process may remove the entry of a handle, but only its owner can close the
 handle, and it must do so once and only once.
 
-Mechanism: whoever unlinks the entry, writes a message (token, number, cause) into the
-shard's eviction mailbox before it leaves the lock.  Each owner reads the mailboxes from
-where it stopped the last time, so it pays for the number of evictions, however many
-handles it holds.  The message leads to the handle's record in the process's table.
+Mechanism: the process that unlinks the entry writes a message (token, number, cause)
+into the shard's eviction mailbox before it gives back the lock.  Each owner reads the
+mailboxes from where it stopped the last time, so the cost depends on the number of
+evictions, and not on the number of its handles.  The number in the message leads to the
+handle's record in the process's table.
 
-At most once: moving a number out of the table is what entitles to the callback, and
-numbers are never used twice.  A message with a number that is not in the table says
-nothing new.
+At most once: only the thread that moves a number out of the table may run the callback,
+and numbers are never used twice.  A message with a number that is not in the table is
+ignored.
 
 At least once: an owner may have missed messages.  Either the mailbox was overwritten
 since the owner's last look, or a process died after it unlinked an entry and before it
@@ -60,7 +61,7 @@ class Record:
         self.number = number
         self.on_evict = on_evict
         self.leases = 0
-        self.cause: Cause | None = None  # why the entry has gone; None: it is there
+        self.cause: Cause | None = None  # why the entry has gone; None if it is there
         self.taken = False  # True: a thread runs the callback, or has run it
 
 
@@ -78,7 +79,7 @@ class Table:
 
 
 class Delivery:
-    """Takes handles that have gone out of a table, and runs their callbacks.
+    """Moves handles whose entry has gone out of a table, and runs their callbacks.
 
     Args:
         registry: The shared part of the map.
@@ -107,8 +108,8 @@ class Delivery:
     def deliver(self) -> None:
         """Read the messages that have come, and hand over the handles that have gone.
 
-        O(shards) when nothing has come.  A leased handle stays in ``gone`` until its
-        last lease ends.
+        It is O(shards) if nothing has come.  A leased handle stays in ``gone`` until
+        its last lease ends.
         """
         lost = False
         for shard in self._registry.shards_with_mail(self.read):
@@ -119,7 +120,7 @@ class Delivery:
         self._hand_over_gone()
 
     def _read_mailbox(self, shard: int) -> bool:
-        # False when messages are lost.
+        # It is False if messages are lost.
         table = self._table
         with table.lock:
             head, messages = self._registry.read_mailbox(shard, self.read[shard])
@@ -129,14 +130,16 @@ class Delivery:
                 owner, number, cause = messages[i : i + 3]
                 if owner == self._token and number in table.numbers:
                     self.take_out(table.numbers[number], _cause(cause))
-            # Last: if the loop is interrupted, the messages are read again.
+            # This is stored last: if the loop is interrupted, the messages are read
+            # again.
             self.read[shard] = head
         return True
 
     def _compare(self) -> None:
         # Messages are lost, so each handle's entry is looked up.  The causes are lost,
-        # too; most often handles go for lack of room.  The heads are read before the
-        # entries, as the message of an entry that goes meanwhile must be read later.
+        # too; CAPACITY, the most frequent one, is assumed.  The heads are read before
+        # the entries, so that the message of an entry that goes meanwhile is read
+        # later.
         table, registry = self._table, self._registry
         with table.lock:
             heads = registry.mailbox_heads()
@@ -177,9 +180,9 @@ class Delivery:
         self.callbacks.start()
 
     def close_all(self) -> None:
-        """Remove the entries of this process's handles, and hand all over (CLOSED).
+        """Remove the entries of this process's handles, and close all handles (CLOSED).
 
-        A handle that went before for another reason keeps that cause.
+        A handle whose entry went before for another reason keeps that cause.
         """
         table = self._table
         for record in list(table.numbers.values()):
@@ -198,8 +201,8 @@ class Delivery:
         self._hand_over_gone()
 
     def _discard_quietly(self, record: Record) -> None:
-        # It may fail when the holder of the lock is stopped.  The entry then stays, and
-        # other workers reap it after this process has freed its row.
+        # Removing may fail if the holder of the lock is stopped.  The entry then stays,
+        # and other workers reap it after this process has freed its row.
         try:
             self._registry.discard(record.shared, record.number, Cause.CLOSED)
         except ShmCacheError as error:
@@ -215,7 +218,7 @@ class Delivery:
             )
 
     def findings(self) -> list[str]:
-        """The open handles whose entry has gone without a message, a sentence each."""
+        """Return a sentence for each open handle whose entry went without a message."""
         table, registry = self._table, self._registry
         found = []
         with table.lock:
@@ -238,7 +241,7 @@ class Delivery:
         return self._registry.expires_by_default or record.cause is not None
 
     def _call_back(self, record: Record) -> None:
-        # Runs once for each record, in a thread of the callbacks.
+        # This runs once for each record, in a thread of the callbacks.
         registry = self._registry
         on_evict: Any = record.on_evict or self._on_evict
         cause = record.cause
@@ -279,5 +282,5 @@ class Delivery:
 
 
 def _cause(number: int) -> Cause:
-    # A damaged message has no valid cause; most often handles go for lack of room.
+    # A damaged message has no valid cause; CAPACITY, the most frequent one, is assumed.
     return Cause(number) if number < len(Cause) else Cause.CAPACITY

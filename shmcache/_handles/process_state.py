@@ -1,12 +1,12 @@
-"""What one process has of a handle map: how it registers, makes and leases handles.
+"""The part of a handle map in one process: registering, making and leasing handles.
 
 A process registers a handle in its own table and in the shared map.  The table comes
 first: as soon as the entry is stored another process may remove it, and then the
 message must find the number.  If storing the entry fails, the table is put back.
 
 Among the threads of a process that want a handle of one key at once, one makes it; the
-others wait for its turn to end.  A lease is a count in the handle's record; a handle
-that has gone is handed over for closing when the count is 0.
+others wait until its turn has ended.  A lease is a count in the handle's record; a
+handle that has gone is handed over for closing when the count is 0.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _numbering = itertools.count(1)
 
 
 class _Turn(NamedTuple):
-    """The thread that makes the handle of a key, and what the others wait for."""
+    """The thread that makes the handle of a key; the others wait for its lock."""
 
     thread: int
     done: threading.Event
@@ -47,9 +47,9 @@ class ProcessState(Table):
     Args:
         registry: The shared part of the map.
         token: The token of this process; 0 as long as it has not used the map.
-        on_evict: The callback of handles that have none of their own, or None.
+        on_evict: The callback of handles that have no callback of their own, or None.
         threads: How many callbacks may run at once.
-        watch: Is called when the first handle is registered.
+        watch: Called when the first handle is registered.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class ProcessState(Table):
         self.freed = -1  # rows freed when the entries of the dead were last removed
         self.reaped_at = 0.0
         self._registry = registry
-        # What the shared keys of str keys begin with, made once: each call needs it.
+        # The shared keys of str keys begin with this; it is made once, as each call
+        # needs it.
         self._prefix = registry.owned_key(token, "")
         self._watch = watch
         self._pid = os.getpid()
@@ -74,11 +75,11 @@ class ProcessState(Table):
 
     @property
     def is_own(self) -> bool:
-        """Whether this process has used the map; False for a parent's state."""
+        """Return whether this process has used the map; False for a parent's state."""
         return self.token != 0 and self._pid == os.getpid()
 
     def shared_key(self, key: Any) -> bytes:
-        """The key of this process's entry in the shared map.
+        """Return the key of this process's entry in the shared map.
 
         Raises:
             UnsupportedKey: The user's key cannot be a key of a ``Cache``.
@@ -111,9 +112,10 @@ class ProcessState(Table):
             key: The user's key.
             handle: The object; not None.
             value: The value for all workers.
-            ttl: Seconds to live; None: for ever; left out: the map's default.
+            ttl: Seconds to live.  None means for ever; if left out, the map's default
+                applies.
             on_evict: The handle's own callback, or None.
-            leases: How many leases on it begin.
+            leases: How many leases begin on it.
         """
         registry = self._registry
         shared = self.shared_key(key)
@@ -156,7 +158,7 @@ class ProcessState(Table):
             self._registry.discard(shared, number, Cause.CLOSED)
 
     def take_back(self, shared: bytes) -> Record | None:
-        """Take a handle out of the map without closing it; None if it has gone."""
+        """Remove a handle from the map without closing it; None if it has gone."""
         with self.lock:
             record = self.handles.get(shared)
             if record is None or not self._registry.discard(
@@ -180,7 +182,7 @@ class ProcessState(Table):
         on_evict: Any,
         leases: int,
     ) -> Record:
-        """The record of a key; ``factory()`` makes the handle when there is none.
+        """Return the record of a key; if there is none, ``factory()`` makes the handle.
 
         Args:
             key: The user's key.
@@ -191,7 +193,7 @@ class ProcessState(Table):
             leases: 1 if the caller wants a lease on it, else 0.
 
         Raises:
-            ReentrantCall: The factory asks for the handle that it is to make.
+            ReentrantCall: The factory asks for the handle that it makes.
             ValueError: The factory returned None.
         """
         if not callable(factory):
@@ -224,7 +226,7 @@ class ProcessState(Table):
     def _await_turn(
         self, key: Any, shared: bytes, turn: _Turn, leases: int
     ) -> Record | None:
-        # The record that another thread has made; None when it is our turn to make it.
+        # Return the record that another thread has made, or None if it is our turn.
         while True:
             first = self._turns.setdefault(shared, turn)
             if first is turn:
@@ -256,7 +258,8 @@ class ProcessState(Table):
             record = self.handles.get(shared)
             if record is None:
                 return None
-            # Before the entry is asked for, so that it cannot be closed in between.
+            # The lease begins before the entry is looked up, so that the handle cannot
+            # be closed in between.
             record.leases += 1
         if self._registry.renew(shared) and record.cause is None:
             return record
@@ -265,7 +268,7 @@ class ProcessState(Table):
         return None
 
     def let_go(self, record: Record) -> None:
-        """End a lease; the last one hands a handle that has gone over for closing."""
+        """End a lease.  The last one has the handle closed if its entry has gone."""
         with self.lock:
             record.leases -= 1
             last = record.leases == 0 and record.cause is not None

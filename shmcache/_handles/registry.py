@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shmcache")
 
-# The first bytes of a key's shared form hold the token of its owner.
+# The first bytes of a shared key hold the token of its owner.
 _TOKEN_BYTES = 8
 
 
@@ -34,21 +34,21 @@ class Registry(Cache):
     # --- this process -----------------------------------------------------------------
 
     def join(self) -> int:
-        """The token of this process, which joins the segment first if it has to.
+        """Return the token of this process, which first joins the segment if need be.
 
         Raises:
             CacheClosed: ``close`` was called in this process.
         """
-        # This is ``_require_open`` in place, as each call of a map begins here.
+        # This is ``_require_open``, inlined because each call of a map begins here.
         if self.closed or not self._is_joined():
             self._enter_process()
         return self._attachment.token
 
     @property
     def attached_token(self) -> int:
-        """The token that the attachment has now, without joining.
+        """Return the token that the attachment has now, without joining.
 
-        In a forked child it is the parent's until the child joins.
+        In a forked child it is the parent's token until the child joins.
         """
         return self._attachment.token
 
@@ -59,7 +59,7 @@ class Registry(Cache):
     def count_if_joined(self, word: int) -> None:
         """Add one to a counter in this worker's row, if the process has a row.
 
-        A callback may outlive the map, and then there is nothing left to count in.
+        A callback may run after the map was closed; then there is no counter any more.
         """
         try:
             if self._attachment.entered():
@@ -69,13 +69,13 @@ class Registry(Cache):
 
     @property
     def expires_by_default(self) -> bool:
-        """Whether an entry expires when no time to live is given."""
+        """Return whether an entry expires when no time to live is given."""
         return bool(self._settings.ttl_ns)
 
     def apply_uses(self) -> None:
         """Apply the uses that this process has noted, so that others see its recency.
 
-        The order of use belongs to the host, and so the sweeper calls this often.
+        LRU order holds for the whole host, so the sweeper calls this often.
         """
         self._flush_recency()
 
@@ -83,7 +83,7 @@ class Registry(Cache):
 
     @staticmethod
     def owned_key(token: int, key: Any) -> bytes:
-        """The key of an entry in the shared map: bytes, whose encoding costs nothing.
+        """Return the key of a shared entry: bytes, which are fast to encode.
 
         Args:
             token: The token of the handle's owner.
@@ -113,15 +113,15 @@ class Registry(Cache):
         return self._discard(shared, _owner_of(shared), number, cause)
 
     def number_of(self, shared: bytes) -> int | None:
-        """The number in an entry, or None if the entry is not there; not a use."""
+        """Return the number in an entry, or None, without using the entry."""
         entry = self.peek(shared, MISSING)
         return None if entry is MISSING else entry[1]
 
     def host_entries(self) -> Iterator[tuple[Any, int, float, float | None, Any]]:
-        """The handles of all workers: key, PID, age (s), time left (s or None), value.
+        """Yield key, PID, age (s), time left (s or None) and value of all handles.
 
-        O(entries) in short holds of one lock.  An entry is left out when its owner is
-        dead and the owner's row belongs to another worker already.
+        O(entries) in short holds of one lock.  An entry is left out if its owner is
+        dead and its row belongs to another worker already.
         """
         self._require_open()
         attachment = self._attachment
@@ -142,7 +142,7 @@ class Registry(Cache):
             )
 
     def owners_of(self, key: Any) -> list[tuple[int, Any]]:
-        """The living workers with a handle of a key: PID and value.  O(workers)."""
+        """Return PID and value of living workers with a handle of a key; O(workers)."""
         self._require_open()
         attachment = self._attachment
         unowned = self.owned_key(0, key)[_TOKEN_BYTES:]
@@ -157,7 +157,7 @@ class Registry(Cache):
     def reap_handles(self, seen: int) -> tuple[int, int]:
         """Remove the entries of owners that have died (OWNER_DIED).
 
-        O(workers), and O(entries) when a worker has gone since the last call.
+        O(workers), and O(entries) if a worker has gone since the last call.
 
         Args:
             seen: The second number that the last call returned; -1 at first.
@@ -193,13 +193,13 @@ class Registry(Cache):
     # --- eviction mailboxes -----------------------------------------------------------
 
     def mailbox_heads(self) -> list[int]:
-        """The number of the next message of each shard's mailbox."""
+        """Return the number of the next message of each shard's mailbox."""
         return [
             self._read_mailbox(shard, 0)[0] for shard in range(self._settings.shards)
         ]
 
     def shards_with_mail(self, read: Sequence[int]) -> list[int]:
-        """The shards whose mailbox has moved since it was read.  O(shards), cheap.
+        """Return the shards whose mailbox has moved since it was read.  O(shards).
 
         Args:
             read: The number of the first unread message, for each shard.
@@ -213,7 +213,7 @@ class Registry(Cache):
 
     @functools.cached_property
     def _mailbox_heads_at(self) -> list[int]:
-        # If the segment is replaced under us, it is by one of the same geometry.
+        # If the segment was replaced meanwhile, the new one has the same geometry.
         geometry = self._attachment.header.geometry
         return [
             geometry.shard_at(shard) + L.S_MAILBOX_HEAD
@@ -221,7 +221,7 @@ class Registry(Cache):
         ]
 
     def read_mailbox(self, shard: int, since: int) -> tuple[int, list[int] | None]:
-        """The messages of a shard's mailbox from a number on, without the lock.
+        """Return the messages of a shard's mailbox from a number on, without the lock.
 
         Returns:
             The number of the next message, and a flat list of owner, number and cause

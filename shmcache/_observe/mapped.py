@@ -1,6 +1,6 @@
 """A segment's file, mapped for reading: header, shards, words.
 
-Problem: the command line shall show a cache without being one of its users.  If it
+Problem: the command line must show a cache without being one of its users.  If it
 attached, it would take a worker row, and it could keep a dead cache alive.
 
 Mechanism: the file is mapped read-only.  A reader takes no lock and no row, and the
@@ -98,7 +98,8 @@ class MappedSegment:
         """Release the mapping."""
         for view in (self.w32, self.w64, self.bytes):
             view.release()
-        # The frames of an exception may still have views; then the collector unmaps.
+        # The frames of an exception may still have views; then the garbage collector
+        # unmaps the file later.
         with contextlib.suppress(BufferError):
             self._map.close()
 
@@ -112,25 +113,25 @@ class MappedSegment:
 
     @property
     def name(self) -> str:
-        """The name of the cache."""
+        """Return the name of the cache."""
         return self.names.cache
 
     @property
     def codec(self) -> str:
-        """The name of the cache's codec."""
+        """Return the name of the cache's codec."""
         return self.header.settings.codec
 
     @property
     def holds_handles(self) -> bool:
-        """Whether this is a map of handles."""
+        """Return whether this is a map of handles."""
         return self.codec == L.HANDLES
 
     def now(self) -> int:
-        """The time by the cache's clock, in ns.
+        """Return the time by the cache's clock, in ns.
 
-        That is CLOCK_MONOTONIC, unless the cache was created later than now by it:
-        then the cache has a clock of its own, which is assumed to run as the wall clock
-        does.
+        That is CLOCK_MONOTONIC, unless the cache's time of creation is later than
+        CLOCK_MONOTONIC: then the cache has a clock of its own, which is assumed to be
+        as fast as the wall clock.
         """
         monotonic = time.monotonic_ns()
         created = self.header.created_at_ns
@@ -142,25 +143,25 @@ class MappedSegment:
 
     @property
     def shards(self) -> range:
-        """The shards that are within the file."""
+        """Return the shards that are within the file."""
         g = self.header.geometry
         return range(min(g.shards, max(0, self.size - g.shards_at) // g.stride))
 
     def base(self, shard: int) -> int:
-        """The first 64-bit word of a shard."""
+        """Return the first 64-bit word of a shard."""
         return self.header.geometry.shard_at(shard)
 
     def record_at(self, shard: int, slot: int) -> int:
-        """The first byte of a record."""
+        """Return the first byte of a record."""
         records = 8 * self.base(shard) + self.header.geometry.records_at
         return records + L.RECORD * slot
 
     def column(self, shard: int, field: int) -> list[int]:
-        """One 32-bit field of all records of a shard, by slot."""
+        """Return one 32-bit field of all records of a shard, by slot."""
         return self._column(self.w32, shard, field)
 
     def versions(self, shard: int) -> list[int]:
-        """The versions of all records of a shard, by slot."""
+        """Return the versions of all records of a shard, by slot."""
         return self._column(self.w64, shard, L.F_VERSION // 2)
 
     def _column(self, words: memoryview, shard: int, field: int) -> list[int]:

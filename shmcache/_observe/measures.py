@@ -1,9 +1,9 @@
-"""What there is to measure of a cache or handle map: one table for all exporters.
+"""The measures of a cache or handle map: one table for all exporters.
 
 Problem: Prometheus, OpenTelemetry and the log report the same quantities of the whole
-host, each under the names that its own conventions ask for.
+host, each under the names that its own conventions require.
 
-Mechanism: a ``Reading`` holds what one cache said when it was asked.  Each ``Measure``
+Mechanism: a ``Reading`` holds the numbers of one cache at one moment.  Each ``Measure``
 of the table knows the names of one quantity, and how to get it from a reading.  A
 reading costs O(shards + workers) and takes no lock, so neither the number of entries
 nor a dead lock holder can delay it.
@@ -43,7 +43,7 @@ class Reading:
     handles: bool  # whether the cache is a map of handles
     open_handles: int  # handles that living workers have not closed yet
     leases: int  # leases in force on these handles
-    facts: dict[str, str]  # what does not change: version, codec, geometry
+    facts: dict[str, str]  # constant texts: version, codec, geometry
 
     @classmethod
     def of(cls, registry: Cache) -> Reading:
@@ -94,7 +94,7 @@ class Measure:
     additive: bool = True  # a sum over several caches makes sense
 
     def values(self, reading: Reading) -> Iterator[tuple[str, float]]:
-        """Each value of the label with its number; the value is "" without a label."""
+        """Yield each value of the label with its number; without a label it is ""."""
         if self.of_handles and not reading.handles:
             return
         found = self.read(reading)
@@ -117,7 +117,7 @@ class Histogram:
     read: Callable[[Stats], tuple[tuple[int, ...], float]]
 
     def cumulative(self, stats: Stats) -> tuple[list[tuple[str, int]], float]:
-        """The distribution as Prometheus wants it.
+        """Return the distribution in the form that Prometheus requires.
 
         Returns:
             For each upper bound, up to "+Inf", how many durations were not above it;
@@ -314,7 +314,7 @@ FACTS_TEXT = "Version of the package, and settings of the cache."
 
 
 def registries(caches: tuple[Measured, ...], what: str) -> dict[str, Cache]:
-    """The caches behind what a user wants to have measured, by name.
+    """Return the caches behind the objects that a user wants measured, by name.
 
     Args:
         caches: Caches and handle maps.  A ready-made map stands for its parts, and a
@@ -322,7 +322,7 @@ def registries(caches: tuple[Measured, ...], what: str) -> dict[str, Cache]:
         what: The function that was called, for error messages.
 
     Raises:
-        TypeError: Nothing was given, or something that cannot be measured.
+        TypeError: No object was given, or one that cannot be measured.
         ValueError: Two objects of the same cache were given.
     """
     if not caches:
@@ -349,7 +349,8 @@ def registries(caches: tuple[Measured, ...], what: str) -> dict[str, Cache]:
 
 
 def _cache_of(part: Cache | HandleMap) -> Any:
-    # The cache that keeps the entries of a handle map; any other object is itself.
+    # Return the cache that keeps the entries of a handle map; return any other object
+    # itself.
     return getattr(part, "_registry", part)
 
 

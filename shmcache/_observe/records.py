@@ -1,7 +1,7 @@
 """The records of a mapped segment: each read as it was at one moment, without a lock.
 
-Problem: writers change records while they are read, a writer may have died or stand
-still in the middle of a change, and any byte may be damaged.
+Problem: writers change records while they are read, a writer may be dead or stuck in
+the middle of a change, and any byte may be damaged.
 
 Mechanism: a record is an entry if its version is odd (see layout.py).  A copy of the
 record and its bytes is good if the version is the same after it, the key agrees with
@@ -37,14 +37,14 @@ from shmcache._observe.mapped import MappedSegment
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Attempts to copy one record, before the last copy is returned as it is.
+# A record is copied at most this often; then the last copy is returned as it is.
 ATTEMPTS = 200
-# The recent end of the LRU ring is read 10 times a second: a look may fail.
+# The recent end of the LRU ring is read 10 times a second, so a look may fail.
 NEWEST_ATTEMPTS = 10
 # Each pass over a shard's records takes up what was written during the pass before.
 # A busy writer moves entries all the time, so each pass misses some of them.
 PASSES = 40
-# After so many seconds there are no more than FEW passes.
+# After this many seconds there are no more than FEW passes.
 ENOUGH = 2.0
 FEW = 4
 
@@ -67,26 +67,26 @@ class Entry:
     blocks: int = 0
     key: bytes = b""
     value: bytes | None = None
-    damage: str = ""  # what does not agree; if set, key and value are not reliable
+    damage: str = ""  # what is inconsistent; if set, key and value are not reliable
 
     @property
     def key_len(self) -> int:
-        """The length of the key, in bytes."""
+        """Return the length of the key, in bytes."""
         return int(key_len_of(self.meta))
 
     @property
     def kind(self) -> int:
-        """What the key was before it became bytes: a ``Kind``."""
+        """Return the type that the key had before it became bytes: a ``Kind``."""
         return int(kind_of(self.meta))
 
     @property
     def tag(self) -> int:
-        """How the bytes of the value are to be read: a ``Tag``."""
+        """Return how the bytes of the value are to be read: a ``Tag``."""
         return int(tag_of(self.meta))
 
     @property
     def fetched(self) -> bool:
-        """Whether the entry was read since it was written."""
+        """Return whether the entry was read since it was written."""
         return bool(self.meta & L.META_FETCHED)
 
 
@@ -94,7 +94,7 @@ class RecordReader(MappedSegment):
     """A mapped segment whose records can be read."""
 
     def entries(self, *, values: bool = False) -> Iterator[Entry]:
-        """All entries, expired and damaged ones included.  O(slots).
+        """Yield all entries, including expired and damaged ones.  O(slots).
 
         Args:
             values: Whether the values are copied and checked, too.
@@ -107,7 +107,7 @@ class RecordReader(MappedSegment):
             yield from self._entries(shard, values, None)
 
     def find(self, kind: int, key: bytes) -> Entry | None:
-        """The entry of a key, with its value.  O(slots of a shard).
+        """Return the entry of a key, with its value.  O(slots of a shard).
 
         Args:
             kind: The ``Kind`` of the key.
@@ -142,7 +142,7 @@ class RecordReader(MappedSegment):
                 if entry is None:
                     continue
                 place = entry.kind, entry.key, slot if entry.damage else 0
-                # Of two entries with one key the later one counts.
+                # If two entries have one key, the later one counts.
                 if place not in found or found[place].version < entry.version:
                     found[place] = entry
             if self.w64[base + L.S_SEQUENCE] == sequence:
@@ -153,8 +153,8 @@ class RecordReader(MappedSegment):
         yield from found.values()
 
     def _slots(self, shard: int, since: int, wanted: int | None) -> list[int]:
-        # The live records that were written after ``since`` and have the hash
-        # ``wanted``; None is any hash.
+        # Return the live records that were written after ``since`` and have the hash
+        # ``wanted``; None means any hash.
         versions = self.versions(shard)
         live = [
             slot
@@ -172,7 +172,7 @@ class RecordReader(MappedSegment):
     # --- one record -----------------------------------------------------------------
 
     def entry(self, shard: int, slot: int, *, values: bool = True) -> Entry | None:
-        """What a slot holds.
+        """Return the entry in a slot.
 
         Args:
             shard: The shard, one of ``shards``.
@@ -183,10 +183,10 @@ class RecordReader(MappedSegment):
             The entry as it was at one moment; None if the slot holds no entry.  After
             ``ATTEMPTS`` the last copy is returned, with its ``damage`` set.
         """
-        # ``stable_read`` is no use here.  The shard's ``seq`` changes with a write to
-        # any of its keys, so a busy shard would never give a stable copy of one record;
-        # and it stays odd when a writer has died inside, though the records are sound.
-        # The record's own version tells whether this record was changed.
+        # ``stable_read`` cannot be used here.  The shard's ``seq`` changes with a write
+        # to any of its keys, so a busy shard would never give a stable copy of one
+        # record; and it stays odd when a writer has died inside, though the records are
+        # sound.  The record's own version tells whether this record was changed.
         at = self.record_at(shard, slot)
         before = None
         for attempt in range(ATTEMPTS):
@@ -215,7 +215,7 @@ class RecordReader(MappedSegment):
         return before
 
     def places(self, entry: Entry, *, values: bool) -> tuple[list[int], str]:
-        """Where the bytes of an entry are.
+        """Return the places of the bytes of an entry.
 
         Args:
             entry: The entry.
@@ -270,8 +270,8 @@ class RecordReader(MappedSegment):
         return redone == entry.slot
 
     def _finished(self, entry: Entry) -> Entry | None:
-        # The entry as it will be when the number that is being stored into it is in
-        # place.  Its writer is still inside, or died there; in both cases the redo
+        # Return the entry as it will be when the number that is being stored into it is
+        # complete.  Its writer is still inside, or died there; in both cases the redo
         # words have the number, and the next holder of the lock puts it in.
         places, astray = self.places(entry, values=False)
         if not self._is_redone(entry) or entry.value_len != 8 or astray:
@@ -288,7 +288,7 @@ class RecordReader(MappedSegment):
     # --- order and size -------------------------------------------------------------
 
     def ring(self, shard: int) -> list[int] | None:
-        """The LRU order of a shard.  O(slots).
+        """Return the LRU order of a shard.  O(slots).
 
         Returns:
             The slots, the most recently used first; None if no copy of one moment could
@@ -300,7 +300,7 @@ class RecordReader(MappedSegment):
         return _walk(links) if stable else None
 
     def newest(self, shard: int, count: int) -> list[int]:
-        """The slots of a shard that were used most recently.
+        """Return the slots of a shard that were used most recently.
 
         Returns:
             At most ``count`` slots, the most recently used first; none if no copy of
@@ -322,7 +322,7 @@ class RecordReader(MappedSegment):
         return slots if stable else []
 
     def largest(self, count: int) -> list[Entry]:
-        """The ``count`` entries with the most bytes, the largest first.  O(slots)."""
+        """Return the ``count`` entries with the most bytes, largest first; O(slots)."""
         sized: list[tuple[int, int, int]] = []
         for shard in self.shards:
             meta = self.column(shard, L.F_META)
@@ -356,7 +356,7 @@ def _parsed(shard: int, slot: int, record: bytes) -> Entry:
 
 
 def _alike(one: Entry, other: Entry) -> bool:
-    # Whether key and value are in the same places.
+    # Return whether key and value are in the same places.
     return (one.block, one.key_len, one.value_len) == (
         other.block,
         other.key_len,

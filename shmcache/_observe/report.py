@@ -11,7 +11,7 @@ from shmcache.errors import CacheClosed, ShmCacheError
 
 
 def report() -> dict[str, dict[str, Any]]:
-    """The statistics of all open ready-made maps of this process.
+    """Return the statistics of all open ready-made maps of this process.
 
     A map whose settings do not enable metrics is left out.  The report costs what the
     ``stats()`` of all parts cost: about 0.25 ms for each part, so that a service can
@@ -21,7 +21,7 @@ def report() -> dict[str, dict[str, Any]]:
         For each map, under its name, its ``kind`` (the class), the ``pid`` of this
         process, and the fields of its ``stats()``; or ``error`` if it cannot be read.
         A second map of the same name is called ``NAME#2``.  It has only dicts, lists,
-        strings and numbers in it, so ``json.dumps`` accepts it.
+        strings and numbers, so ``json.dumps`` accepts it.
     """
     result: dict[str, dict[str, Any]] = {}
     for component in components():

@@ -1,15 +1,15 @@
 """A segment seen from outside: counts, workers, locks, keys and values.
 
-This is what the commands know that only look.  ``MappedSegment`` maps the file,
-``RecordReader`` reads the records, ``Segment`` adds the rest.
+The read-only commands use this.  ``MappedSegment`` maps the file, ``RecordReader``
+reads the records, ``Segment`` adds the rest.
 
 Problem: a shard's counts belong together only while no writer is inside the shard, and
-a writer that stands still, or died, never leaves it.
+a writer that is stuck or dead never leaves it.
 
-Mechanism: the counts are copied under the shard's ``seq`` word, by ``stable_read``.
-If no copy of one moment can be made, the last one is shown, and ``SegmentStats`` names
-the shard.  Which workers live is what the kernel's locks on the lock file say; those
-of its own process the kernel does not show, so this process is recognised by its token.
+Mechanism: the counts are copied under the shard's ``seq`` word, by ``stable_read``.  If
+no copy of one moment can be made, the last one is shown, and ``SegmentStats`` names the
+shard.  The kernel's locks on the lock file say which workers live.  The kernel does not
+show a process its own locks, so this process is recognised by its token.
 
 Death in the middle: a reader writes nothing.
 """
@@ -45,21 +45,21 @@ _SEMAPHORE_SLEEPERS = slice(4, 8)
 
 
 class Undecoded(NamedTuple):
-    """Bytes of a key or value that are not, or cannot be, decoded."""
+    """Bytes of a key or value that were not or could not be decoded."""
 
     data: bytes
     reason: str
 
 
 class SegmentStats(NamedTuple):
-    """What a cache did, and which of these numbers are not of one moment."""
+    """The statistics of a cache, and which of these numbers are not of one moment."""
 
     stats: Stats
-    # Shards with a writer inside for the whole time of the look, whose words may be
-    # half changed.
+    # These shards had a writer inside for the whole time of the look, so their words
+    # may be half changed.
     unstable: tuple[int, ...]
-    # Whether the sums over the workers are exact.  If not, rows were retired all the
-    # time, and a worker may be missing or counted twice.
+    # This says whether the sums over the workers are exact.  If not, rows were retired
+    # all the time, and a worker may be missing or counted twice.
     exact: bool
 
 
@@ -80,7 +80,7 @@ class Inside(NamedTuple):
 
     shard: int
     writing: bool  # the shard is half changed
-    token: int  # of the holder; 0: nobody has signed
+    token: int  # of the holder; 0 if HOLDER is empty
     waiting: int
 
 
@@ -109,7 +109,7 @@ class Segment(RecordReader):
             raise
 
     def _open_lock_file(self) -> tuple[LockFile | None, int]:
-        # Returns the token of this process as well, or 0 if it is not attached.
+        # This returns the token of this process as well, or 0 if it is not attached.
         try:
             lock_file = LockFile.open(self.names, self, create=False)
         except FileNotFoundError:
@@ -129,9 +129,9 @@ class Segment(RecordReader):
     # --- counts ---------------------------------------------------------------------
 
     def stats(self) -> SegmentStats:
-        """What ``Cache.stats()`` says.  O(shards + workers).
+        """Return the same counts as ``Cache.stats()``.  O(shards + workers).
 
-        ``compiled`` is that of this process, as the segment does not know it.
+        ``compiled`` refers to this process, as the segment does not know it.
         """
         copies = [self._shard_words(shard) for shard in self.shards]
         counters, exact = sum_counters(self.w64)
@@ -147,7 +147,7 @@ class Segment(RecordReader):
         return SegmentStats(stats, tuple(unstable), exact)
 
     def _shard_words(self, shard: int) -> tuple[tuple[int, ...], bool]:
-        # The words up to the counters' end, and whether they are of one moment.
+        # Return the words up to the counters' end, and whether they are of one moment.
         base = self.base(shard)
         return stable_read(
             self.w64, base, lambda: tuple(self.w64[base : base + L.S_COUNTERS_END])
@@ -156,7 +156,7 @@ class Segment(RecordReader):
     # --- workers and locks ----------------------------------------------------------
 
     def workers(self) -> list[Worker]:
-        """All worker rows in use, the oldest first; those of the dead, too."""
+        """Return all worker rows in use, the oldest first, dead workers included."""
         found = []
         now = time.time_ns()
         first, last = L.row_at(0), L.row_at(L.ROWS)
@@ -179,7 +179,7 @@ class Segment(RecordReader):
         return sorted(found, key=lambda worker: generation_of(worker.token))
 
     def _process_in(self, row: int) -> int | None:
-        # The PID of the process that lives in a row, None if it is dead.
+        # Return the PID of the process that lives in a row, None if it is dead.
         if self._ours and row_of(self._ours) == row:
             return os.getpid()
         if self._lock_file is None:
@@ -187,7 +187,7 @@ class Segment(RecordReader):
         return self._lock_file.row_holder(row)
 
     def inside(self) -> Iterator[Inside]:
-        """The shards with a writer inside, or with threads that wait for the lock."""
+        """Yield the shards with a writer inside, or with waiters at the lock."""
         for shard in self.shards:
             base = self.base(shard)
             writing = bool(self.w64[base + L.S_SEQ] & 1)
@@ -197,7 +197,7 @@ class Segment(RecordReader):
                 yield Inside(shard, writing, token, waiting)
 
     def _waiting(self, shard: int) -> int:
-        # How many threads sleep on a shard's semaphore; 0 if that is unknown.
+        # Return how many threads sleep on a shard's semaphore; 0 if that is unknown.
         with contextlib.suppress(OSError, SegmentRefused):
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = open_own(self.names.semaphore_path(shard), flags)
@@ -212,29 +212,29 @@ class Segment(RecordReader):
     # --- times ----------------------------------------------------------------------
 
     def age(self, entry: Entry) -> float:
-        """Seconds since an entry was written, to 0.07 s."""
+        """Return the seconds since an entry was written, to within 0.07 s."""
         now = (self.now() - self.header.created_at_ns) >> L.STAMP_SHIFT
         age = (now - entry.stamp) & L.MASK32
         return 0.0 if age >> 31 else (age << L.STAMP_SHIFT) / 1e9
 
     def left(self, entry: Entry) -> float | None:
-        """Seconds until an entry expires, 0 if it has expired; None: never."""
+        """Return the seconds until an entry expires, or None if it never does."""
         if entry.expires == L.NEVER:
             return None
         return max(0, entry.expires - self.now()) / 1e9
 
     def expired(self, entry: Entry) -> bool:
-        """Whether an entry has expired."""
+        """Return whether an entry has expired."""
         return entry.expires != L.NEVER and entry.expires <= self.now()
 
     # --- keys and values ------------------------------------------------------------
 
     def owner(self, entry: Entry) -> int:
-        """The token of the worker whose handle an entry stands for; 0: none."""
+        """Return the token of the worker whose handle an entry stands for, or 0."""
         return owner_of(entry.key) if self.holds_handles else 0
 
     def own_key(self, entry: Entry) -> tuple[int, bytes]:
-        """Kind and bytes of the key that the user gave.
+        """Return the kind and bytes of the key that the user gave.
 
         The key of a handle's entry has the owner before it, which is left out here.
         """
@@ -243,7 +243,7 @@ class Segment(RecordReader):
         return _OWNER.unpack_from(entry.key)[1], entry.key[_OWNER.size :]
 
     def key(self, entry: Entry) -> Any:
-        """An entry's key as the user gave it, or ``Undecoded``."""
+        """Return an entry's key as the user gave it, or ``Undecoded``."""
         if entry.damage:
             return Undecoded(entry.key, entry.damage)
         kind, data = self.own_key(entry)
@@ -253,10 +253,10 @@ class Segment(RecordReader):
             return Undecoded(data, str(error))
 
     def value(self, entry: Entry) -> Any:
-        """An entry's value, if this package can read it, else ``Undecoded``.
+        """Return an entry's value, if this package can read it, else ``Undecoded``.
 
         A pickled value is not decoded, because that would run code.  The value of a
-        handle is what its owner published with it.
+        handle is the one that its owner published with it.
         """
         data = entry.value or b""
         if entry.damage:
@@ -274,7 +274,7 @@ class Segment(RecordReader):
         return value[2] if self.holds_handles and entry.tag == L.Tag.CODEC else value
 
     def _reader(self) -> Any:
-        # A codec that reads the values; None if this package has none.
+        # Return a codec that reads the values; None if this package has none.
         if self.holds_handles:
             return HandleCodec()
         if self.codec.partition(":")[0] in {"msgpack", "msgspec"}:
@@ -283,5 +283,5 @@ class Segment(RecordReader):
 
 
 def owner_of(key: bytes) -> int:
-    """The token of the owner that the key of a handle's entry begins with; 0: none."""
+    """Return the token of the owner at the start of a handle's key, or 0."""
     return int(_OWNER.unpack_from(key)[0]) if len(key) >= _OWNER.size else 0

@@ -1,7 +1,7 @@
 """``log_stats()``: statistics in the log, by one process of the host.
 
-Problem: the counts are those of the whole host, so if every worker logged them, each
-line would stand in the log once for each worker.
+Problem: the counts are those of the whole host, so if every worker logged them, the log
+would have each line once for each worker.
 
 Mechanism: the process that is elected logs the cache: it holds the kernel lock on one
 byte of the lock file (see _process/election.py).  The others ask for it each time.
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shmcache")
 
-# Seconds for which a fork waits for a log handler.  A handler that hangs must not
-# keep the process from forking for ever.
+# A fork waits for a log handler for at most this many seconds, because a handler that
+# hangs must not block forks for ever.
 FORK_PATIENCE = 5.0
 
 
@@ -49,7 +49,7 @@ def log_stats(
 
     Call it in every worker.  One of the processes that called it logs each cache, and
     another one takes over when that process ends.  The record has ``stats``, the fields
-    of ``Stats``, and ``recent``, what was counted since the record before.
+    of ``Stats``, and ``recent``, the counts since the record before.
 
     Args:
         interval: Seconds between two records of a cache.
@@ -104,13 +104,13 @@ class StatsLog:
 
     @property
     def caches(self) -> dict[str, Cache]:
-        """The caches by name."""
+        """Return the caches by name."""
         return self._reader.caches
 
     def stop(self) -> None:
         """Stop logging in this process; another one may take over.
 
-        Calling it twice is fine.
+        A second call does nothing.
         """
         self._stop.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
@@ -185,7 +185,8 @@ class StatsLog:
 
 
 _running: weakref.WeakSet[StatsLog] = weakref.WeakSet()
-# Held while records are written.  It is reentrant because a log handler may fork.
+# This lock is held while records are written.  It is reentrant because a log handler
+# may fork.
 _writing = threading.RLock()
 _held = False
 

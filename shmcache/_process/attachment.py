@@ -1,11 +1,11 @@
-"""One segment as one process uses it, from coming to leaving.
+"""One segment as one process uses it, from attaching to leaving.
 
-Problem: processes come and go at any time, in any order, by fork and by name; the first
-one creates the segment, the last one removes it, and any of them may be killed at any
-line of that.
+Problem: processes attach and leave at any time, in any order, by fork and by name.  The
+first one creates the segment, the last one removes it, and each of them may be killed
+at any line of this code.
 
-Mechanism: coming and going happen under the admin lock (see lockfile.py).  A process
-that comes finds the segment, or makes it, and takes a worker row (see rows.py) whose
+Mechanism: processes attach and leave under the admin lock (see lockfile.py).  A process
+that attaches finds the segment, or makes it, and takes a worker row (see rows.py) whose
 byte it locks.  A process that leaves retires its row, and if no other row is locked, it
 removes all files.  All Cache objects of one name in a process share one Attachment,
 because the process has one row.
@@ -59,7 +59,7 @@ _attachments: dict[str, Attachment] = {}
 
 
 def of_this_process(names: Names) -> Attachment | None:
-    """The attachment of this process to a segment, if it has one."""
+    """Return the attachment of this process to a segment, if it has one."""
     return _attachments.get(names.segment)
 
 
@@ -68,7 +68,7 @@ class Attachment:
 
     Attributes:
         block: The shared memory.
-        header: The header, as it was when this process came.
+        header: The header, as it was when this process attached.
         words: The memory as 64-bit words.
         token: The token of the process that took the row; see ``entered``.
         row: The first 64-bit word of that row.
@@ -140,7 +140,7 @@ class Attachment:
                     known.release()
                     raise
                 known.release()
-            # In one line, so that no exception out of a signal handler can strike
+            # This is one line, so that no exception from a signal handler can strike
             # while nobody is there to give the reference back.
             return cls._come(names, settings, now, prepare)
 
@@ -187,7 +187,7 @@ class Attachment:
             raise
 
     def _find(self, settings: Settings | None, now: int) -> bool:
-        # Finds the segment, or makes it; whether it was left by users that all died.
+        # Find the segment, or make it.  Return whether all its former users died.
         names = self.names
         in_use = self.lockfile.used_by_others()
         try:
@@ -215,7 +215,7 @@ class Attachment:
         return not in_use
 
     def _unfinished(self) -> bool:
-        # Without a magic word: its creator was killed before the end.
+        # It has no magic word: its creator was killed before the end.
         try:
             with open(self.names.segment_path, "rb") as file:
                 return not file.read(8).strip(b"\0")
@@ -262,17 +262,17 @@ class Attachment:
                 self.words[base + L.S_IN_FLIGHT + i] = 0
 
     def usable(self) -> bool:
-        """Whether a newcomer that asks for the name would come to this very segment.
+        """Return whether the name still refers to this segment.
 
-        Both files are looked at, because a segment that all its users left by dying is
-        replaced while the lock file stays.
+        Both files are checked, because a segment whose users have all died is replaced
+        while the lock file stays.
         """
         return self.lockfile.current() and self.block.current(self.names)
 
     # --- coming: the process --------------------------------------------------------
 
     def entered(self) -> bool:
-        """Whether this very process, not one that forked it, has the token."""
+        """Return whether this very process, not one that forked it, has the token."""
         return self.token != 0 and self.guard[0] == self.token
 
     def enter(self) -> None:
@@ -306,7 +306,7 @@ class Attachment:
         )
 
     def _forget_parent(self) -> None:
-        # What is noted here of threads and hits is of the process that forked us.
+        # The notes about threads and hits belong to the parent process.
         self.owners.clear()
         self.recovering.clear()
         self.flights.clear()
@@ -323,7 +323,8 @@ class Attachment:
         self.guard[0] = token
 
     def _free_row(self) -> int:
-        # A row that no process has, locked for us; if need be the dead's are reaped.
+        # Find a row that no process has, and lock it; if need be, reap dead workers'
+        # rows first.
         for _ in range(2):
             for row in range(L.ROWS):
                 token = self.words[L.row_at(row) + L.R_TOKEN]
@@ -387,7 +388,7 @@ class Attachment:
                     _create.remove(self.names, self.header.geometry.shards)
                     self._remove_lock_file()
                 except PermissionError as error:
-                    # This process has become another user's since it came.
+                    # This process has changed its user since it attached.
                     log.warning(
                         "cache %s is left behind: %s",
                         self.names.cache,
@@ -396,8 +397,8 @@ class Attachment:
                     )
 
     def _remove_lone_lock_file(self) -> None:
-        # Under the admin lock.  A lock file without a segment is of no use; nor may we
-        # leave a new one beside a segment that we were refused.
+        # The admin lock is held.  A lock file without a segment is of no use, and we
+        # must not leave a new one beside a segment that was refused to us.
         if (
             self.lockfile.current()
             and (self.lockfile.is_new or not os.path.lexists(self.names.segment_path))
@@ -438,7 +439,7 @@ class Attachment:
 
     @contextmanager
     def recovery(self, shard: int) -> Iterator[None]:
-        """Be alone, among all threads of all processes, in taking over a shard's lock.
+        """Let only one thread of all processes take over a shard's lock.
 
         Engines without compare-and-swap need it.  If an exception strikes where no
         ``finally`` is in force, ``recovering`` tells what to give back.
@@ -460,7 +461,7 @@ class Attachment:
     # --- workers ----------------------------------------------------------------------
 
     def alive(self, token: int) -> bool:
-        """Whether the worker with this token lives and has not left.
+        """Return whether the worker with this token lives and has not left.
 
         Args:
             token: Any number; it may come from a damaged word.
@@ -472,15 +473,15 @@ class Attachment:
         return self.lockfile.row_holder(row_of(token)) is not None
 
     def pid(self, token: int) -> int:
-        """The PID that a worker wrote down, 0 if its row has been handed on."""
+        """Return the PID that a worker wrote down, 0 if its row has been handed on."""
         return rows.pid_of(self.words, token)
 
     def tokens(self) -> list[int]:
-        """The tokens of all workers: of those that live and the dead not yet reaped."""
+        """Return the tokens of all workers, dead ones not yet reaped included."""
         return rows.tokens_in(self.words)
 
     def held(self) -> tuple[int, int]:
-        """How many handles living workers have open, and how many leases are in force.
+        """Return how many handles and how many leases living workers have.
 
         O(workers).
         """
@@ -541,11 +542,11 @@ class Attachment:
         self.words[at] = (self.words[at] + n) & L.MASK64
 
     def counters(self) -> list[int]:
-        """The sums of all workers' counters, of those that live and that have gone.
+        """Return the sums of all workers' counters, dead workers included.
 
         Raises:
-            LockTimeout: If rows are retired all the time, and the admin lock, under
-                which none can be, is not free within ADMIN_TIMEOUT.
+            LockTimeout: If rows are retired all the time, and the admin lock, which
+                stops that, is not free within ADMIN_TIMEOUT.
         """
         sums, exact = rows.sum_counters(self.words)
         if not exact:
@@ -555,8 +556,8 @@ class Attachment:
 
 
 def _referred(names: Names) -> Attachment | None:
-    # The attachment with a reference more.  Until the reference is there, the garbage
-    # collector may finalize its last user at any moment, which closes it.
+    # Return the attachment with one reference more.  Until it is counted, the garbage
+    # collector may finalize the last user at any moment, which closes the attachment.
     known = _attachments.get(names.segment)
     if known:
         known.references += 1
@@ -566,13 +567,14 @@ def _referred(names: Names) -> Attachment | None:
 
 
 def _fork_guard() -> tuple[mmap.mmap, memoryview]:
-    # A private page that reads as zeros in a forked child.
+    # Return a private page that reads as zeros in a forked child.
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     words = memoryview(page).cast("Q")
     try:
         page.madvise(_MADV_WIPEONFORK)
     except OSError:
-        # Before Linux 4.14, and under emulated kernels: then forks in C go unnoticed.
+        # This happens before Linux 4.14, and under emulated kernels.  Then forks in C
+        # are not noticed.
         def wipe() -> None:
             words[0] = 0
 

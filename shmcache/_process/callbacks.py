@@ -55,7 +55,7 @@ class Callbacks(Generic[J]):
 
     @property
     def pending(self) -> int:
-        """How many jobs wait or run."""
+        """Return how many jobs wait or run."""
         return len(self._queue) + self._running
 
     def add(self, job: J) -> None:
@@ -63,7 +63,7 @@ class Callbacks(Generic[J]):
         self._queue.append(job)
 
     def start(self) -> None:
-        """Have a thread run what is queued; the calling one, if none can be started."""
+        """Have a thread run the queued jobs; if none can be started, run them here."""
         with self._condition:
             if not self._queue or self._running >= self._threads:
                 return
@@ -93,7 +93,7 @@ class Callbacks(Generic[J]):
             try:
                 self._run(job)
             except BaseException:
-                # What a signal handler raised in the main thread, where ``start`` had
+                # A signal handler raised this in the main thread, where ``start`` had
                 # to run the jobs itself.
                 with self._condition:
                     self._running -= 1

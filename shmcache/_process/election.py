@@ -1,4 +1,4 @@
-"""Elections: one process of the host at most exports metrics, and one logs statistics.
+"""Elections: at most one process of the host exports metrics, and one logs statistics.
 
 Problem: the counts are the host's, so if all workers reported them, a reader that sums
 over workers would see a multiple; and the worker that reports may die at any time.
@@ -24,7 +24,7 @@ __all__ = ["Office", "elected", "resign"]
 
 
 def elected(attachment: Attachment, office: Office) -> bool:
-    """Whether this process has an office of a segment.
+    """Return whether this process has an office of a segment.
 
     If no process has it, this one takes it.
     """

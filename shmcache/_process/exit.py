@@ -6,7 +6,7 @@ when it goes.  Processes end in ways that run different functions, or none.
 Mechanism: ``leave_all`` is registered with ``atexit``.  A child of multiprocessing ends
 by ``os._exit``, which runs only the finalizers of ``multiprocessing.util``, so
 ``leave_all`` is registered there, too.  A process that ends by C's ``exit`` without
-finalizing Python, as uWSGI's do, is the affair of ``LockFile.remove_on_exit``.
+finalizing Python, as uWSGI's do, is handled by ``LockFile.remove_on_exit``.
 
 Death in the middle: it is like a death at any other time.  The kernel drops the locks
 of the process, the others reap its rows, and a segment that nobody uses any more is
@@ -32,16 +32,16 @@ _finalized: set[int] = set()  # processes whose finalizers are registered
 
 
 def before_leaving(function: F) -> F:
-    """Decorator: a function called at the end of the process, before segments are left.
+    """Register a function to be called at the process's end, before segments are left.
 
-    What the function raises is logged.
+    This is a decorator.  An exception of the function is logged.
     """
     _before_leaving.append(function)
     return function
 
 
 def at_leaving(function: F) -> F:
-    """Decorator: a function that leaves segments, called at the end of the process."""
+    """Register a function that leaves segments, to be called at the process's end."""
     _leaving.append(function)
     return function
 
@@ -58,11 +58,12 @@ def leave_all() -> None:
 
 
 def arrange_leaving() -> None:
-    """See to it that this process leaves when it ends; call it after each attaching.
+    """Arrange that this process leaves its segments when it ends.
 
-    Only children of multiprocessing need more than what ``atexit`` does.  They throw
-    their finalizers away when they begin, and that may be after they have unpickled a
-    cache; so the finalizer is registered again at that moment.
+    It must be called each time that the process has attached.  Only children of
+    multiprocessing need more than what ``atexit`` does.  They drop their finalizers
+    when they begin, perhaps after they have unpickled a cache; so the finalizer is
+    registered again at that moment.
     """
     util = sys.modules.get("multiprocessing.util")
     if util is None or os.getpid() in _finalized:
@@ -82,8 +83,8 @@ def _finalize(_: object = None) -> None:
 def _leave_child() -> None:
     from multiprocessing import parent_process
 
-    # A process that is nobody's child runs atexit's functions, later than this one and
-    # after those that users have registered.
+    # A process that multiprocessing did not start runs atexit's functions, later than
+    # this one and after those that users have registered.
     if parent_process() is not None:
         leave_all()
 

@@ -1,4 +1,4 @@
-"""The lock file of a segment: kernel locks that tell for certain which process lives.
+"""The lock file of a segment: kernel locks that prove which processes are alive.
 
 Problem: a process must know for certain that another one is dead: in any PID
 namespace, whatever that process died of, and although its children live.
@@ -7,7 +7,7 @@ Mechanism: each process that uses a segment holds a kernel lock, a classic recor
 (fcntl), on one byte of the lock file, which stands for its worker row.  The kernel
 drops the lock when the process ends, before the process becomes a zombie; a forked
 child does not inherit it; and any process can ask (F_GETLK) whether a byte is locked.
-PIDs are written down for people only.  Other bytes serve for other locks::
+PIDs are stored only for people to read.  Other bytes serve for other locks::
 
     byte 0         the admin lock: under it segments are created, removed and taken
                    over, and worker rows are handed out and reaped
@@ -59,7 +59,7 @@ FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, 
 
 
 class Office(IntEnum):
-    """What one process at most does for the whole host; the value is its byte."""
+    """A task that at most one process of the host has; the value is its byte."""
 
     REPORTER = 1  # exports metrics, see otel.py
     LOGGER = 2  # logs statistics, see _observe/stats_log.py
@@ -93,11 +93,11 @@ class LockFile:
 
     @classmethod
     def open(cls, names: Names, user: object, *, create: bool = True) -> LockFile:
-        """The lock file of a cache, for a user that will ``close`` it.
+        """Open the lock file of a cache for a user, which must ``close`` it.
 
         Args:
             names: The names of the cache's files.
-            user: On whose behalf the file is open.
+            user: The object that needs the file open.
             create: Whether to make the file if there is none.
 
         Raises:
@@ -115,7 +115,7 @@ class LockFile:
     @classmethod
     @contextmanager
     def opened(cls, names: Names, *, create: bool = True) -> Iterator[LockFile]:
-        """As ``open``, for the time of a ``with`` block."""
+        """Do as ``open``, for the time of a ``with`` block."""
         user = object()
         self = cls.open(names, user, create=create)
         try:
@@ -126,7 +126,7 @@ class LockFile:
     def close(self, user: object) -> None:
         """Free the user's row, and close the file after its last user.
 
-        To close it twice is fine.
+        A second call does nothing.
         """
         with mutex():
             self.free_row(user)
@@ -140,7 +140,7 @@ class LockFile:
                 self._fd = -1
 
     def intact(self) -> bool:
-        """Whether our descriptor still refers to the lock file.
+        """Return whether our descriptor still refers to the lock file.
 
         Daemons close all descriptors that they inherit; the number of ours may have
         been given to another file since.
@@ -150,7 +150,7 @@ class LockFile:
         return self._fd >= 0
 
     def current(self) -> bool:
-        """Whether the file is open and still has its name in /dev/shm."""
+        """Return whether the file is open and still has its name in /dev/shm."""
         return self.intact() and identity(self._path) == self._file
 
     def _notice_fork(self) -> None:
@@ -186,7 +186,7 @@ class LockFile:
             finally:
                 self._end_admin(outer)
         finally:
-            # A second time, because an exception out of a signal handler may have
+            # Unlock once more, because an exception from a signal handler may have
             # ended the first attempt.
             self._end_admin(outer)
 
@@ -196,7 +196,7 @@ class LockFile:
             self._unlock(_ADMIN)
 
     def admin_held(self) -> bool:
-        """Whether another process holds the admin lock."""
+        """Return whether another process holds the admin lock."""
         return self._holder(_ADMIN) is not None
 
     # --- worker rows ----------------------------------------------------------------
@@ -208,7 +208,7 @@ class LockFile:
             False if the row is locked already, by this process or another.
         """
         self._notice_fork()
-        # The kernel would grant this process once more a lock that it has.
+        # The kernel would grant a lock again that this process has already.
         if self._rows.setdefault(row, user) is not user:
             return False
         if self._try_lock(_ROW + row):
@@ -225,18 +225,18 @@ class LockFile:
             del self._rows[row]
 
     def row_holder(self, row: int) -> int | None:
-        """The PID of the other process that lives in a row; None if there is none.
+        """Return the PID of the other process that has a row, or None.
 
         It is 0 for a process in a PID namespace that we cannot see into.
         """
         return self._holder(_ROW + row)
 
     def used_by_others(self) -> bool:
-        """Whether another process has a worker row."""
+        """Return whether another process has a worker row."""
         return self._holder(_ROW, L.ROWS) is not None
 
     def in_use(self) -> bool:
-        """Whether any process, this one included, has a worker row."""
+        """Return whether any process, this one included, has a worker row."""
         self._notice_fork()
         return bool(self._rows) or self.used_by_others()
 
@@ -250,12 +250,12 @@ class LockFile:
             paths: The files, of which the first is the lock file.
 
         Returns:
-            What ``cancel_exit`` takes.
+            The argument for ``cancel_exit``.
         """
         return leave_on_exit(self._fd, _ROW, L.ROWS, paths)
 
     def cancel_exit(self, registration: int) -> None:
-        """Take ``remove_on_exit`` back."""
+        """Undo ``remove_on_exit``."""
         left_before_exit(registration, self._fd)
 
     # --- offices and recovery -------------------------------------------------------
@@ -269,11 +269,11 @@ class LockFile:
         self._unlock(office)
 
     def office_holder(self, office: Office) -> int | None:
-        """The PID of the other process that has an office; None if there is none."""
+        """Return the PID of the other process that has an office, or None."""
         return self._holder(office)
 
     def lock_recovery(self, shard: int) -> None:
-        """Be the only process that takes over a shard's lock; see ``Attachment``.
+        """Become the only process that may take over a shard; see ``Attachment``.
 
         Raises:
             LockTimeout: After ADMIN_TIMEOUT.
@@ -297,7 +297,7 @@ class LockFile:
         fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, byte)
 
     def _holder(self, byte: int, length: int = 1) -> int | None:
-        # The PID of another process with a lock in a range, None if there is none.
+        # Return the PID of another process with a lock in a range of bytes, or None.
         asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, length, 0)
         kind, _, _, _, pid = struct.unpack(
             FLOCK, fcntl.fcntl(self._fd, fcntl.F_GETLK, asked)
@@ -305,7 +305,7 @@ class LockFile:
         return None if kind == fcntl.F_UNLCK else max(0, pid)
 
     def _wait(self, byte: int, what: str, timeout: float | None = None) -> None:
-        # A blocking lock (F_SETLKW) would know no timeout.
+        # A blocking lock (F_SETLKW) has no timeout, so this tries again and again.
         patience = ADMIN_TIMEOUT if timeout is None else timeout
         deadline = time.monotonic() + patience
         pause = 0.0005
@@ -329,6 +329,6 @@ _mutexes: dict[int, threading.RLock] = {}
 
 
 def mutex() -> threading.RLock:
-    """The lock that guards the attachments and lock files of this process."""
+    """Return the lock that guards the attachments and lock files of this process."""
     pid = os.getpid()
     return _mutexes.get(pid) or _mutexes.setdefault(pid, threading.RLock())

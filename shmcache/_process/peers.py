@@ -1,8 +1,9 @@
 """``Peers``: what the engine asks of the processes and threads around it.
 
-The engine knows words and locks.  Whether the process that holds a lock is alive, who
-it is, and what a log line says, it asks its one collaborator.  All calls are rare: the
-first use in a process, a long wait for a lock, and news after a lock was given back.
+The engine knows words and locks.  It asks this one collaborator whether the process
+that holds a lock is alive, which process that is, and what to log.  All calls are rare:
+at the first use in a process, during a long wait for a lock, and after a lock was given
+back if there is something to log.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Peers:
     Args:
         name: The name of the cache, for messages.
         attachment: How this process is attached to the segment.
-        enter: Is called with the engine when its process has not joined, or has left:
-            it makes the engine a worker, or raises CacheClosed.
+        enter: Called with the engine if its process has not joined, or has left.  It
+            makes the engine a worker, or raises CacheClosed.
     """
 
     def __init__(
@@ -46,17 +47,18 @@ class Peers:
         self.enter = enter
 
     def is_dead(self, shard: int, holder: int) -> bool:
-        """Whether the worker that holds a shard's lock will never give it back."""
+        """Return whether the holder of a shard's lock will never give it back."""
         attachment = self._attachment
         if holder != attachment.token:
             return not attachment.alive(holder)
         if is_compiled:
             return False  # another thread of ours, which cannot lose the lock
-        # Interpreted, an exception out of a signal handler may strike between any two
-        # bytecodes, so the thread may have left without giving up the lock.
+        # In the interpreted engine, an exception from a signal handler may strike
+        # between any two bytecodes, so the thread may have left without giving up the
+        # lock.
         owner = attachment.owners.get(shard)
         if owner == threading.get_ident():
-            return True  # it is not a nested call: check_reentry has looked
+            return True  # this is not a nested call: check_reentry has excluded that
         frame = sys._current_frames().get(owner or 0)  # noqa: SLF001
         return not any(map(_in_engine, _frames(frame)))
 
@@ -77,11 +79,11 @@ class Peers:
             )
 
     def recovery(self, shard: int) -> AbstractContextManager[None]:
-        """Be alone in becoming the holder of a shard, for an engine without CAS."""
+        """Let only one thread become a shard's holder, for an engine without CAS."""
         return self._attachment.recovery(shard)
 
     def end_recoveries(self) -> None:
-        """Give back what an exception has left of ``recovery`` in this thread."""
+        """Release what an exception has left taken by ``recovery`` in this thread."""
         me = threading.get_ident()
         for shard, owner in list(self._attachment.recovering.items()):
             if owner == me:

@@ -1,8 +1,8 @@
 """Worker rows: which processes use a segment, and what each of them has counted.
 
-Problem: the sums over all workers, of those that live and those that have gone, must
-be exact: nothing that a worker counted is lost or counted twice, even if the process
-that reaps a dead worker's row dies in the middle of it.
+Problem: the sums over all workers, living and dead, must be exact: nothing that a
+worker counted is lost or counted twice, even if the process that reaps a dead worker's
+row dies in the middle of it.
 
 Mechanism: each process counts in a row of its own, so no counter has two writers.  A
 row's *token* is its number and a generation that is never used again, so a row that
@@ -28,8 +28,9 @@ import time
 from shmcache._format import layout as L
 from shmcache._format.fields import make_token, row_of
 
-# Reads of all rows before their sum is taken from the last one, and the seconds from
-# one to the next after the first few.  Rows do not go for so long without a break.
+# All rows are read at most ATTEMPTS times; the last sum is then taken as it is.  After
+# the first few times there is a pause of so many seconds in between, because rows are
+# hardly retired for so long without a break.
 ATTEMPTS = 200
 AT_ONCE = 20
 PAUSE = 0.000_1
@@ -39,14 +40,14 @@ PAUSE = 0.000_1
 
 
 def tokens_in(words: memoryview) -> list[int]:
-    """The tokens in all rows: of workers that live, and of the dead not yet reaped."""
+    """Return the tokens in all rows, dead workers not yet reaped included."""
     first = L.ROWS_AT // 8 + L.R_TOKEN
     last = first + L.ROWS * L.ROW_WORDS
     return [token for token in words[first : last : L.ROW_WORDS] if token]
 
 
 def has_row(words: memoryview, token: int) -> bool:
-    """Whether the row that a token names is still that token's.
+    """Return whether the row that a token names still belongs to it.
 
     Args:
         words: The segment as 64-bit words.
@@ -57,7 +58,7 @@ def has_row(words: memoryview, token: int) -> bool:
 
 
 def pid_of(words: memoryview, token: int) -> int:
-    """The PID that a worker wrote into its row, 0 if the row has been handed on."""
+    """Return the PID that a worker wrote into its row; 0 if it has lost the row."""
     row = row_of(token)
     if not 0 <= row < L.ROWS:
         return 0
@@ -67,7 +68,7 @@ def pid_of(words: memoryview, token: int) -> int:
 
 
 def held_by(words: memoryview, token: int) -> tuple[int, int]:
-    """How many handles a worker has open, and how many leases are in force there."""
+    """Return how many handles and how many leases a worker has."""
     at = L.row_at(row_of(token))
     return (
         max(0, words[at + L.R_OPENED] - words[at + L.R_CLOSED]),
@@ -76,9 +77,9 @@ def held_by(words: memoryview, token: int) -> tuple[int, int]:
 
 
 def sum_counters(words: memoryview) -> tuple[list[int], bool]:
-    """Add up the counters of all workers, of those that live and those that have gone.
+    """Add up the counters of all workers, living and dead.
 
-    Rows may be retired meanwhile.  Then all is read again, at most ATTEMPTS times.
+    If rows are retired meanwhile, all is read again, at most ATTEMPTS times.
 
     Args:
         words: The segment as 64-bit words.
@@ -122,9 +123,9 @@ def _retired_at(copy: int) -> int:
 
 
 def occupy(words: memoryview, row: int) -> int:
-    """Write this process into a row, which it has locked; the process's token."""
+    """Write this process into a row that it has locked; return its token."""
     at = L.row_at(row)
-    # First: a generation that was given out once is never given out again.
+    # This is stored first, so that no generation is ever given out twice.
     words[L.H_GENERATION] += 1
     token: int = make_token(words[L.H_GENERATION], row)
     words[at + L.R_PID] = os.getpid()
@@ -136,7 +137,7 @@ def occupy(words: memoryview, row: int) -> int:
 def retire(words: memoryview, row: int) -> None:
     """Add the counters of a row to the retired counters, and free the row.
 
-    For the two copies and what a death in the middle leaves see the head of the module.
+    The head of the module explains the two copies, and a death in the middle.
     """
     at = L.row_at(row)
     token = words[at + L.R_TOKEN]
@@ -144,9 +145,9 @@ def retire(words: memoryview, row: int) -> None:
     old = _retired_at(counting)
     last = words[old + L.RETIRED_TOKEN]
     if last != token and has_row(words, last):
-        # The process that retired that row died before clearing it.  The row must be
-        # cleared before the copies change places: the other copy has another token,
-        # and nothing would tell any more that the counts are in the sums already.
+        # The process that retired that row died before it cleared it.  The row must be
+        # cleared before the copies change places: the other copy has another token, so
+        # nothing would show any more that the counts are in the sums already.
         _clear(words, L.row_at(row_of(last)))
     if token and last != token:
         _add_to_retired(words, at, old, _retired_at(1 - counting), token)
@@ -165,5 +166,5 @@ def _clear(words: memoryview, at: int) -> None:
     for i in range(L.R_COUNTERS, L.ROW_WORDS):
         words[at + i] = 0
     words[L.H_FREED] = (words[L.H_FREED] + 1) & L.MASK64
-    # Last: until this store the row is not handed out again.
+    # This is stored last: until then the row is not handed out again.
     words[at + L.R_TOKEN] = 0

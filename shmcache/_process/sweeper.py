@@ -11,11 +11,11 @@ application and fork before there is a thread.  Around ``os.fork`` it is stopped
 started again, because a child that is forked while the thread holds a lock would find
 that lock taken for ever.
 
-Where threads do not run (uWSGI without --enable-threads), inserts sweep, as each of
-them removes a few expired entries anyway, and so do ``len()`` and ``sweep()``.
+Where threads do not run (uWSGI without --enable-threads), expired entries are removed
+by inserts (each removes a few), by ``len()`` and by ``sweep()``.
 
-Death in the middle: the work is made of ordinary operations of the cache, each of which
-may be cut short by a death; the sweepers of other processes do the rest.
+Death in the middle: the work is made of ordinary operations of the cache, and the
+sweepers of other processes do what a dead one has left undone.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from shmcache.errors import CacheClosed, LockTimeout
 
 log = logging.getLogger("shmcache")
 
-# Seconds for which one cache may be looked after before it is the next one's turn.
+# The sweeper spends at most this long (s) on one cache before it turns to the next.
 STEP_BUDGET = 0.05
-# Seconds from a failure to the next attempt.
+# After a failure the sweeper waits this long (s) for the next attempt.
 RETRY = 1.0
 
 
 class Tended(Protocol):
-    """What the sweeper looks after: a cache or a map."""
+    """A cache or map that the sweeper looks after."""
 
     name: str
 
     @property
     def closed(self) -> bool:
-        """Whether the sweeper has nothing more to do for it."""
+        """Return whether the sweeper has nothing more to do for it."""
 
 
 _T = TypeVar("_T", bound=Tended)
-# Does what is due for a cache or map.  It gets the seconds that it may take, about, and
-# returns the seconds until it wants to be called again.
+# A function that does what is due for a cache or map.  Its argument is about how many
+# seconds it may take, and it returns the seconds until it wants to be called again.
 Tend = Callable[[_T, float], float]
 
 
@@ -73,7 +73,7 @@ class Sweeper:
             weakref.WeakKeyDictionary()
         )
         self._wake = threading.Event()
-        # Reentrant, because a signal handler may interrupt us and use a cache.
+        # It is reentrant, because a signal handler may interrupt us and use a cache.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stop = False
@@ -138,8 +138,8 @@ class Sweeper:
     def _run(self) -> None:
         while True:
             self._wake.clear()
-            # Looked at after clearing the event, or a call of pause() between the two
-            # would go unnoticed.
+            # This is tested after the event was cleared; otherwise a call of pause() in
+            # between would be missed.
             if self._stop:
                 return
             with self._lock:
@@ -205,7 +205,7 @@ _current: Sweeper | None = None
 
 
 def sweeper() -> Sweeper:
-    """The sweeper of this process, not that of the process that forked it."""
+    """Return the sweeper of this process, not that of the process that forked it."""
     global _current  # noqa: PLW0603 - one thread a process
     if _current is None or _current.pid != os.getpid():
         _current = Sweeper()

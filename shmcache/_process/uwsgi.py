@@ -1,4 +1,4 @@
-"""What uWSGI says about this process; elsewhere these functions say "no uWSGI".
+"""Questions to uWSGI about this process; without uWSGI the answers say so.
 
 uWSGI loads the application in its first process and forks the workers in C, where no
 hook of Python runs.  It ends the first process by C's ``exit``, without finalizing
@@ -18,16 +18,16 @@ def _module() -> Any:
 
 
 def in_first_process() -> bool:
-    """Whether this is uWSGI's first process, or a worker before it knows its number."""
+    """Return whether this is uWSGI's first process, or a worker without a number."""
     uwsgi = _module()
     return uwsgi is not None and getattr(uwsgi, "worker_id", int)() == 0
 
 
 def threads_run() -> bool:
-    """Whether a thread that is started here runs while the main thread waits.
+    """Return whether a thread that is started here runs while the main thread waits.
 
-    The answer is no without --enable-threads, and always in uWSGI's first process: if
-    a thread waited there for the interpreter's lock while a worker is forked in C, the
+    It is False without --enable-threads, and always in uWSGI's first process: if a
+    thread waited there for the interpreter's lock while a worker is forked in C, the
     worker would wait for that lock for ever.
     """
     uwsgi = _module()

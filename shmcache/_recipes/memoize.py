@@ -1,8 +1,9 @@
-"""Functions whose results are kept in a cache: what ``Cache.memoize`` returns.
+"""Functions whose results are kept in a cache; ``Cache.memoize`` makes them.
 
-The key of a call begins with the function's name, so functions of one name must be told
-apart; and it must be the same in all processes.  Arguments that are no keys themselves
-become tuples that begin with a letter of their own, so that no two of them collide.
+The key of a call begins with the function's name, so the key must distinguish functions
+of the same name; and it must be the same in all processes.  Arguments that are no keys
+themselves become tuples that begin with a letter of their own, so that no two of them
+collide.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a memoized function: what memoize uses of a cache.
+    """The methods of a cache that memoize needs.
 
     Attributes:
-        get_or_set: ``get_or_set(key, factory, ttl)``: the value of a key, computed by
-            the factory when it is absent.
-        get_or_await: The same for a factory that is a coroutine function.
-        delete: ``delete(key)``: forget the value of a key; whether there was one.
+        get_or_set: ``get_or_set(key, factory, ttl)`` returns the value of a key; the
+            factory computes it if it is absent.
+        get_or_await: It does the same for a factory that is a coroutine function.
+        delete: ``delete(key)`` removes a key, and returns whether it was there.
     """
 
     get_or_set: Callable[[Any, Callable[[], Any], Any], Any]
@@ -41,7 +42,7 @@ class Results:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a memoized function, and its methods of instances, find a result."""
+    """The settings by which a memoized function and its bound methods find a result."""
 
     recall: Callable[[Any, Callable[[], Any], Any], Any]
     delete: Callable[[Any], bool]
@@ -56,8 +57,10 @@ class Memoized:
     Args:
         results: Where the results are.
         function: The function.
-        ttl: Seconds a result lives; None: for ever; an Ellipsis: the cache's default.
-        key: ``key(*args, **kwargs)`` makes the key of a call; None: the arguments do.
+        ttl: Seconds that a result lives.  None means for ever, an Ellipsis the cache's
+            default.
+        key: ``key(*args, **kwargs)`` makes the key of a call; None means that the
+            arguments are the key.
         typed: Whether equal arguments of different types are different.
 
     Raises:
@@ -99,7 +102,7 @@ class Memoized:
             _mark_as_coroutine_function(self)
 
     def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The key under which the result of a call with these arguments is kept.
+        """Return the key under which the result of a call with these arguments is kept.
 
         Raises:
             UnsupportedKey: An argument cannot be part of a key.
@@ -131,7 +134,7 @@ class Memoized:
             *(function.__kwdefaults__ or {}).values(),
         ]
         for cell in function.__closure__ or ():
-            # A cell is empty, for example, for the name of the function itself.
+            # A cell is empty, for example, if the function refers to itself.
             with suppress(ValueError):
                 kept.append(cell.cell_contents)
         for value in kept:
@@ -153,8 +156,8 @@ class Memoized:
         return self if instance is None else _Bound(self, self._recipe, instance)
 
     def _part(self, value: Any, what: str) -> Any:
-        # An argument as part of a key: a value whose type is no key itself becomes a
-        # tuple that begins with a letter of its own, and so do tuples.
+        # Return an argument as part of a key.  A value whose type is no key itself, and
+        # also a tuple, becomes a tuple that begins with a letter of its own.
         part: Any
         if isinstance(value, _Instance):
             part = value.part
@@ -186,7 +189,8 @@ class _Bound:
     def __init__(self, memoized: Memoized, recipe: _Recipe, instance: Any) -> None:
         functools.update_wrapper(self, memoized.__wrapped__)
         if recipe.awaits:
-            # Before __func__ is set: inspect would mark that one in place of this.
+            # This comes before __func__ is set; otherwise inspect would mark __func__
+            # instead.
             _mark_as_coroutine_function(self)
         self._recipe = recipe
         self.__self__ = instance
@@ -194,7 +198,7 @@ class _Bound:
         self.__wrapped__ = functools.partial(memoized.__wrapped__, instance)
 
     def cache_key(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The key of the function's call, with the instance as first argument."""
+        """Return the key of the call, with the instance as first argument."""
         if self._recipe.make_key is not None:
             return self.__func__.cache_key(self.__self__, *args, **kwargs)
         return self.__func__.cache_key(_Instance(self.__self__), *args, **kwargs)
@@ -215,7 +219,7 @@ class _Instance:
     """The instance of a bound method, as part of a key.
 
     The part is the instance's ``__cache_key__`` if it has one.  Otherwise it is a
-    number drawn for this very object: what the object computes may depend on its state,
+    number drawn for this very object: the result may depend on the state of the object,
     which other processes do not know.
     """
 
@@ -223,12 +227,13 @@ class _Instance:
         self.part: Any
         own = getattr(instance, "__cache_key__", None)
         if isinstance(instance, type):
-            # The class's __cache_key__ tells its instances apart, not classes.
+            # The class's __cache_key__ distinguishes its instances, not classes.
             self.part = ("c", f"{instance.__module__}.{instance.__qualname__}")
         elif own is not None:
             self.part = (*_whose(instance), *_flat(own() if callable(own) else own))
         else:
-            # With the PID, because after a fork the copies may change differently.
+            # The PID is part of it, because after a fork the copies may change
+            # differently.
             self.part = ("o", os.getpid(), _identity(instance))
 
 

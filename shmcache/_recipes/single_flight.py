@@ -1,6 +1,6 @@
-"""Single flight: of all callers of the host that miss one key, one computes the value.
+"""Single flight: if many callers of the host miss one key, one computes the value.
 
-Problem: N workers miss the same key at once and all do the same slow work; and the one
+Problem: N workers miss the same key at once and all do the same slow work; and a worker
 that does it may fail, or be killed.
 
 Mechanism: each shard has a small in-flight table of pairs (hash of a key, token of a
@@ -8,10 +8,10 @@ worker).  The worker whose pair is in the table computes.  The others look again
 growing intervals whether the value has come, the pair has been removed, or its worker
 has died.  The first that sees a dead worker's pair replaces it by its own.  Looking
 costs a waiter a lookup and a short hold of the lock every few milliseconds.  In return
-nobody has to be told anything, so nobody can miss being told.
+no process needs to be notified, so no notification can be lost.
 
-Of the threads and tasks of one process one stands for all in the shared table; the
-others wait for it in the process's own table, ``flights``.
+In the shared table, one thread or task represents all those of its process; the others
+wait for it in the process's own table, ``flights``.
 
 Death in the middle: a pair is two words.  The token is stored last, and it is the token
 of a dead worker as soon as the kernel has dropped that worker's lock.
@@ -30,28 +30,29 @@ if TYPE_CHECKING:
 
     from shmcache._process.attachment import Attachment
 
-# Seconds.
+# All of these are in seconds.
 _FIRST_PAUSE = 0.000_5
 _LONGEST_PAUSE = 0.02
 _CROWD_PATIENCE = 1.0
-CROWDED = 1  # what ``claim`` returns when the table is full
+CROWDED = 1  # the result of ``claim`` if the table is full
 
 
 class InFlightTable(NamedTuple):
-    """The in-flight table of a cache: what single flight uses of the cache.
+    """The in-flight table of a cache, and all else that single flight needs.
 
-    Made anew for each flight, so that it keeps no cache alive.
+    A new object is made for each flight, so that it keeps no cache alive.
 
     Attributes:
-        attachment: Tells which workers live, and has the flights of this process.
-        locate: ``locate(key)``: kind, bytes, hash and shard of a key.
-        claim: ``claim(shard, hash, dead)``: enter the pair of this worker, unless
-            another worker's is there; a pair of the worker ``dead`` is replaced.
-            Returns 0 if the pair is in, else the token of the other worker, or CROWDED.
-        release: ``release(shard, hash)``: remove the pair of this worker.
-        release_worker: ``release_worker(shard, token)``: remove all pairs of a worker.
-        holders: ``holders(shard)``: the tokens in the table.
-        peek: ``peek(key, default)``: the value of a key; not a use.
+        attachment: It knows which workers live, and the flights of this process.
+        locate: ``locate(key)`` returns kind, bytes, hash and shard of a key.
+        claim: ``claim(shard, hash, dead)`` enters the pair of this worker, unless
+            another worker's is there; a pair of the worker ``dead`` is replaced.  It
+            returns 0 if the pair was entered, else the token of the other worker, or
+            CROWDED.
+        release: ``release(shard, hash)`` removes the pair of this worker.
+        release_worker: ``release_worker(shard, token)`` removes all pairs of a worker.
+        holders: ``holders(shard)`` returns the tokens in the table.
+        peek: ``peek(key, default)`` returns the value of a key without using it.
     """
 
     attachment: Attachment
@@ -64,15 +65,15 @@ class InFlightTable(NamedTuple):
 
 
 class Flight:
-    """One caller's part in computing one key; a context manager.
+    """One caller's part in computing one key, as a context manager.
 
     However the block ends, the pair in the in-flight table is removed.
 
     Args:
         table: The in-flight table of the cache.
         key: The key.
-        who: The thread or task that calls; it must not wait for itself.
-        timeout: Seconds to wait for another caller's value; None: as long as it takes.
+        who: The calling thread or task, which must not wait for itself.
+        timeout: Seconds to wait for another caller's value; None means no limit.
     """
 
     def __init__(
@@ -97,9 +98,10 @@ class Flight:
                 flights.pop(self._hash, None)
 
     def pauses(self) -> Iterator[float]:
-        """The seconds to wait, again and again.
+        """Yield the seconds to wait, again and again.
 
-        Ends when it is our turn to compute, or when ``value`` has come from elsewhere.
+        It ends when it is our turn to compute, or when ``value`` has been stored by
+        another caller.
 
         Raises:
             ReentrantCall: This thread or task computes the key already.
@@ -111,7 +113,7 @@ class Flight:
         while True:
             holder = self._holder(started)
             if holder == 0:
-                # Another may have stored it between our miss and our claim.
+                # Another caller may have stored it between our miss and our claim.
                 self.value = peek(self._key, MISSING)
                 return
             if self._timeout is not None:
@@ -131,7 +133,8 @@ class Flight:
                 return
 
     def _holder(self, started: float) -> int:
-        # The token of the worker that computes, or CROWDED; 0: it is our turn.
+        # Return the token of the worker that computes, or CROWDED, or 0 if it is our
+        # turn.
         table, shard = self._table, self._shard
         attachment = table.attachment
         first = attachment.flights.setdefault(self._hash, self)
@@ -159,7 +162,7 @@ class Flight:
             dead = holder
 
     def _make_room(self) -> bool:
-        # Remove the pairs of dead workers; whether there were any.
+        # Remove the pairs of dead workers, and return whether there were any.
         table = self._table
         alive = table.attachment.alive
         dead = [token for token in table.holders(self._shard) if not alive(token)]
@@ -168,8 +171,9 @@ class Flight:
         return bool(dead)
 
     def _may_go_unclaimed(self, waited: float) -> bool:
-        # A second of work done twice is better than waiting for ever: the pairs may be
-        # our own, of a deep recursion, or those of callers that wait for us.
+        # Return whether this caller may compute without a pair in the table, which may
+        # do some work twice.  It must not wait for ever: the pairs may be our own, from
+        # a deep recursion, or belong to callers that wait for us.
         others = list(self._table.attachment.flights.values())
         nested = any(other.who == self.who for other in others if other is not self)
         return nested or waited > _CROWD_PATIENCE

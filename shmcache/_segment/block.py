@@ -84,7 +84,7 @@ class Block(SharedMemory):
             raise out_of_room(names, size, "entries") from error
 
     def current(self, names: Names) -> bool:
-        """Whether the segment's name still refers to this block."""
+        """Return whether the segment's name still refers to this block."""
         return identity(names.segment_path) == self._file
 
     def close(self) -> None:
@@ -92,9 +92,9 @@ class Block(SharedMemory):
         self.view = memoryview(b"")
         self._buf = None  # type: ignore[assignment]
         if self._fd >= 0 and identity(self._fd) != self._file:
-            # Somebody else closed our descriptor, as daemons close all that they
+            # Something else has closed our descriptor, as daemons close all that they
             # inherit.  The mapping has a duplicate of it, which has been closed, too:
-            # unmapping would close whatever file has that number by now.
+            # unmapping would close any other file that has its number by now.
             _never_closed.append(self._mmap)
             self._fd = -1
         self._mmap = None  # type: ignore[assignment]
@@ -104,7 +104,7 @@ class Block(SharedMemory):
 
 
 def out_of_room(names: Names, size: int, what: str) -> OutOfSharedMemory:
-    """The error that says how much room is missing in /dev/shm, and the remedies.
+    """Return the error that says how much room /dev/shm lacks, and what to do.
 
     Args:
         names: The names of the cache's files.

@@ -1,4 +1,4 @@
-"""What takes the place of a cache's memory when the cache is closed."""
+"""The object that replaces a cache's memory when the cache is closed."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 Problem: a process that attaches must know that the segment is complete, that it has
 the format that this version reads, and that all shards are where they are expected.
 
-Mechanism: ``write_header`` stores the magic word last, so a segment with the magic
-word is a complete one.  ``read_header`` plans the geometry anew from the settings, and
-refuses a segment in which the planned sizes are not the written ones.  What changes
-later in the header (see layout.py) is read elsewhere.
+Mechanism: ``write_header`` stores the magic word last, so a segment with the magic word
+is a complete one.  ``read_header`` plans the geometry anew from the settings, and
+refuses a segment in which the planned sizes are not the written ones.  The words of the
+header that change later (see layout.py) are read elsewhere.
 
 Death in the middle: without the magic word the segment counts as unfinished, and the
 next process that holds the admin lock replaces it.
@@ -56,7 +56,7 @@ def write_header(
         now: The time by the cache's clock, in ns.
 
     Raises:
-        ValueError: If the name of cache or codec is too long for the header.
+        ValueError: If the name of the cache or codec is too long for the header.
     """
     geometry = settings.geometry
     words = buffer.cast("Q")
@@ -84,7 +84,7 @@ def write_header(
         words[word] = value
     _put_text(buffer, L.CODEC_AT, L.CODEC_SIZE, settings.codec)
     _put_text(buffer, L.NAME_AT, L.NAME_SIZE, names.cache)
-    # Last: from this store on the segment counts as complete.
+    # This is stored last: from now on the segment counts as complete.
     words[L.H_MAGIC] = L.MAGIC
 
 
@@ -103,7 +103,7 @@ def _put_text(buffer: memoryview, at: int, size: int, text: str) -> None:
 
 
 def read_settings(buffer: memoryview) -> Settings:
-    """The settings as they stand in a header, without any check."""
+    """Return the settings as they stand in a header, without any check."""
     words = buffer[: L.ROWS_AT].cast("Q")
     flags = words[L.H_FLAGS]
     return Settings(
@@ -143,7 +143,7 @@ def read_header(names: Names, buffer: memoryview) -> Header:
             f" with: shmcache unlink {names.cache}"
         )
 
-    # A view of the header alone: the size of the file may be no multiple of 8.
+    # This views only the header, because the size of the file may be no multiple of 8.
     words = buffer[: L.ROWS_AT].cast("Q")
     if words[L.H_MAGIC] != L.MAGIC:
         raise corrupt("is not a segment of this package (no magic word)")

@@ -4,9 +4,8 @@ Problem: every user of the host may create files in /dev/shm.  So the file that 
 cache's name may belong to somebody else, may be readable by others, or may be no
 regular file at all: a link, a pipe, a directory.
 
-Mechanism: each name contains the number of the user, and ``open_own`` looks at the
-type, the owner and the mode of a file after opening it and before anything in it is
-believed.
+Mechanism: each name contains the number of the user, and ``open_own`` checks the type,
+the owner and the mode of a file after opening it and before anything in it is trusted.
 
 Death in the middle: nothing here writes to a file.
 """
@@ -35,7 +34,7 @@ class Names:
 
     @classmethod
     def of(cls, name: str, uid: int | None = None) -> Names:
-        """The names of a cache's files.
+        """Return the names of a cache's files.
 
         Args:
             name: The cache's name.
@@ -59,25 +58,25 @@ class Names:
 
     @property
     def segment_path(self) -> str:
-        """The file of the segment."""
+        """Return the path of the segment."""
         return f"{SHM_DIR}/{self.segment}"
 
     @property
     def lock_path(self) -> str:
-        """The lock file."""
+        """Return the path of the lock file."""
         return f"{SHM_DIR}/{self.segment}{LOCK_SUFFIX}"
 
     def semaphore(self, shard: int) -> str:
-        """The name of a shard's semaphore, as ``sem_open`` takes it."""
+        """Return the name of a shard's semaphore, as ``sem_open`` takes it."""
         return f"/{self.segment}.{shard}"
 
     def semaphore_path(self, shard: int) -> str:
-        """The file of a shard's semaphore."""
+        """Return the path of a shard's semaphore."""
         return f"{SHM_DIR}/sem.{self.segment}.{shard}"
 
 
 def identity(file: str | int) -> tuple[int, int] | None:
-    """Device and inode of a file, which no other file has at the same time.
+    """Return the device and inode of a file, which no other file has meanwhile.
 
     Args:
         file: A path or a descriptor.  A symbolic link is not followed.
@@ -108,7 +107,8 @@ def open_own(path: str, flags: int) -> int:
         OSError: If opening failed for another reason; FileNotFoundError included.
     """
     try:
-        # O_NONBLOCK: opening a pipe would wait until another process writes into it.
+        # Without O_NONBLOCK, opening a pipe would wait until another process writes
+        # into it.
         fd = os.open(path, flags | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.EACCES, errno.ENXIO):

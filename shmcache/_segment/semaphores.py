@@ -1,10 +1,11 @@
 """The semaphores of a segment, one a shard: making, resetting and removing them.
 
 A semaphore has one permit while nobody is inside its shard.  It is only the queue in
-front of the shard's lock; who holds the lock stands in the segment, see the engine.
+front of the shard's lock; the segment says which worker holds the lock (see
+_engine/lock.py).
 
-Death in the middle: the caller holds the admin lock, and the next one who makes or
-resets semaphores does it for all shards, whatever is there already.
+Death in the middle: the caller holds the admin lock, and the next process that makes or
+resets semaphores does it for all shards, whatever the dead one has left.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def make(names: Names, shards: int) -> None:
 def reset(names: Names, shards: int) -> None:
     """Give each semaphore one permit; no process uses the segment now.
 
-    The semaphores stay the same ones wherever possible.  The reason: a process that
-    was forked from a dead user may have them open although it has not used the cache
-    yet, and it must not wait at other semaphores than newcomers do.
+    The semaphores are kept wherever possible, because a process that was forked from a
+    dead user may have them open although it has not used the cache yet.  It must not
+    wait at other semaphores than new processes do.
     """
     for shard in range(shards):
         name = names.semaphore(shard)
@@ -44,7 +45,8 @@ def reset(names: Names, shards: int) -> None:
         if permits == 0:
             semaphore.release()
         elif permits > 1:
-            # Only damage leaves so many; a new semaphore is the simplest remedy.
+            # Only damage leaves so many permits; a new semaphore is the simplest
+            # remedy.
             _make(name)
         semaphore.close()
 

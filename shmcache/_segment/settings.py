@@ -2,7 +2,7 @@
 
 ``plan_settings`` makes them from the arguments of a constructor, the header of the
 segment keeps them (see header.py), and ``Settings.require_same`` compares the two when
-another process comes with arguments of its own.
+another process attaches with arguments of its own.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shmcache")
 
-# Bounds of the default cleanup interval, in seconds.  Below, a process would spend its
-# time on sweeps; above, what expired would be counted as an entry for too long.
+# These bound the default cleanup interval, in seconds.  If it were shorter, a process
+# would spend its time on sweeps; if longer, expired entries would stay for too long.
 MIN_CLEANUP, MAX_CLEANUP = 1.0, 300.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all processes that share a segment must agree on."""
+    """The settings that all processes that share a segment must agree on."""
 
     max_entries: int  # 0: bounded by bytes alone
     max_bytes: int
@@ -42,11 +42,11 @@ class Settings:
 
     @property
     def geometry(self) -> L.Geometry:
-        """The plan of the segment, which follows from these settings."""
+        """Return the plan of the segment, which follows from these settings."""
         return L.plan_for(self.max_entries, self.max_bytes, self.shards)
 
     def capacities(self) -> list[int]:
-        """How many entries each shard may hold."""
+        """Return how many entries each shard may hold."""
         blocks = self.geometry.blocks
         return [
             L.shard_capacity(self.max_entries, self.shards, shard, blocks)
@@ -61,7 +61,7 @@ class Settings:
             name: The cache, for the message.
 
         Raises:
-            ConfigMismatch: If they differ; the message has each difference.
+            ConfigMismatch: If they differ; the message names each difference.
         """
         different = [
             field.name
@@ -93,8 +93,8 @@ class Settings:
         )
 
 
-# Settings that a constructor's argument has in another unit: the argument's name, and
-# the setting in the argument's unit.
+# These settings have another unit than the constructor's argument: the table has the
+# argument's name, and the setting in the argument's unit.
 _SHOWN: dict[str, tuple[str, Callable[[Any], object]]] = {
     "ttl_ns": ("ttl", lambda v: f"{v / 1e9:g} s" if v else None),
     "jitter_ppm": ("jitter", lambda v: v / 1e6),
@@ -129,7 +129,7 @@ def plan_settings(
     Args:
         max_entries: As for ``Cache``; so are the others up to ``persist``.
         max_bytes: None for 512 bytes an entry.
-        ttl: Seconds, None for "never".
+        ttl: Seconds; None means "never".
         sliding: Whether a hit renews the time to live.
         jitter: The largest part by which a TTL is shortened, from 0 to below 1.
         cleanup_interval: Seconds, None for a quarter of the TTL.
@@ -164,7 +164,7 @@ def plan_settings(
 
 
 def _size_for(max_entries: int, max_bytes: Any) -> int:
-    # Bytes of keys and values.
+    # Return how many bytes of keys and values the segment has room for.
     if max_bytes is not None:
         return parse_size(max_bytes)
     if max_entries == 0:

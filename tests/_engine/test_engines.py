@@ -160,7 +160,7 @@ class TwoEngines(OneShard):
 
     @invariant()
     def is_sound(self) -> None:
-        """As before; and hits noted here are applied, so that order is exact."""
+        """Check as before, after the recency buffers were applied."""
         for cache in self.handles:
             if isinstance(cache, Cache):
                 cache._flush_recency()

@@ -582,7 +582,7 @@ def test_other_values_are_refused(value: Any, words: str) -> None:
         MSGPACK.encode(value)
     assert shown(caught.value).startswith(words)
     assert 'or give the cache codec="pickle"' in str(caught.value)
-    # Of a refusal nothing remains.
+    # A refusal leaves nothing behind.
     assert back(MSGPACK, [1]) == [1]
 
 

@@ -136,7 +136,7 @@ def test_recovery_and_reaping(
     if child == 0:
         cache.get("a")
         b = cache._words_of(0)
-        # Dies in its write section, the permit taken.
+        # The process dies in its write section, with the permit taken.
         attachment.words[b + L.S_HOLDER] = attachment.token
         attachment.words[b + L.S_SEQ] += 1
         os.write(tell, b"!")

@@ -327,7 +327,7 @@ def misses_are(cache: shmcache.Cache, count: int) -> bool:
 
 
 def speaker(workers: list[Worker]) -> Worker:
-    """The first of some workers that has something to say."""
+    """The first of some workers that sends a message."""
     ready, _, _ = select.select([w.stdout for w in workers], [], [], PATIENCE)
     return next(w for w in workers if w.stdout in ready)
 
@@ -440,8 +440,8 @@ for i in range(int(sys.argv[2])):
 
 
 def test_pairs_of_the_dead_do_not_add_up(cache: shmcache.Cache) -> None:
-    """Deaths in the midst of work never fill the in-flight table: pairs of the dead are
-    removed."""
+    """Deaths in the middle of work never fill the in-flight table, because the pairs of
+    dead workers are removed."""
     subprocess.run(
         [sys.executable, "-c", CLAIMANT, cache.name, "256", "die"],
         stdin=subprocess.DEVNULL,
@@ -454,7 +454,7 @@ def test_pairs_of_the_dead_do_not_add_up(cache: shmcache.Cache) -> None:
 
 
 def test_crowd_of_the_living(cache: shmcache.Cache) -> None:
-    """Where others compute all that the table holds, one more computes all the same."""
+    """If living workers fill the in-flight table, one more caller still computes."""
     with subprocess.Popen(
         [sys.executable, "-c", CLAIMANT, cache.name, "256", "live"],
         stdin=subprocess.PIPE,
@@ -943,7 +943,8 @@ def test_waiting_leaves_the_loop_free(cache: shmcache.Cache) -> None:
     async def wait() -> Any:
         waiting = asyncio.ensure_future(slow())
         await until_in_loop(lambda: cache.stats().misses == 2)
-        # Only a loop that is free comes here: and only this lets the other finish.
+        # Only a loop that is not blocked comes here, and only this lets the other one
+        # finish.
         loops[0].call_soon_threadsafe(finish[0].set)
         return await waiting
 

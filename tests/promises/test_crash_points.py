@@ -1,4 +1,4 @@
-"""Death at every single step of every operation, of repair, and of the workers' table.
+"""Death at every step of every operation, of rebuilds, and of the workers' table.
 
 The dying process runs the interpreted engine, in which every store into the segment
 and every call on a semaphore can be counted (crash_rig.py).  For each n, a forked
@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.counted]
 
 ABSENT = "absent"
 FOR_EVER = 1_000_000
-# Nobody waits longer for a lock because its holder died; else LockTimeout is raised.
+# A death must not make anybody wait longer than this; otherwise LockTimeout is raised.
 LONGEST_WAIT = 1.0
 
 WORKERS = ("attach", "count_and_close", "reap")
@@ -242,14 +242,14 @@ def unmoved(before: list[int], after: list[int]) -> list[int]:
 
 
 def look(scene: Scene, allowed: dict[str, list[Any]]) -> dict[str, Any]:
-    """The content that survivors see before, during and after the takeover."""
+    """Return the content that survivors see before, during and after the takeover."""
     at_once = scene.content()
     scene.cache._step(0, 0)
     found = scene.content()
     for key, values in allowed.items():
         assert at_once[key] in values
         assert found[key] in values
-        # Once the write in flight was seen to have happened, it has.
+        # Once a survivor has seen the write in flight, it must stay visible.
         assert found[key] == at_once[key] or values.index(found[key]) > 0
     assert scene.cache.check() == []
     assert len(scene.cache) == sum(value != ABSENT for value in found.values())
@@ -346,7 +346,7 @@ def test_1_death_in_repair_leaves_the_repair_to_the_next(
             assert scene.word(L.S_SEQ) & 1
 
         die_first()
-        # The one who repairs wanted only to read what is not there.
+        # The process that rebuilds only tried to read an absent key.
         repair = zygote.order("peek", FOR_EVER)
         assert repair.code == 0
         look(scene, allowed)
@@ -439,7 +439,7 @@ def test_1_death_of_a_process_that_removes_handles(
                 handles[key] = handle
             if act == "sweep":
                 clock.ns += 11_000_000_000
-            # How many steps it takes depends a little on what the keys hash to.
+            # The number of steps depends a little on the hashes of the keys.
             answer = zygote.order(act, step)
             whole = answer.code == 0
             assert whole or (answer.code, answer.steps) == (DEAD, step)
@@ -473,7 +473,7 @@ def test_1_death_at_any_line_of_life(
     interpreted_env: dict[str, str],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """A process dies at any line of creating, attaching, reviving, leaving or
+    """A process dies at any line of creating, attaching, taking over, leaving or
     unlinking; the next process finds what persists, or an empty cache, and leaves
     nothing."""
     persistent = life == "revive_and_leave"
@@ -481,7 +481,8 @@ def test_1_death_at_any_line_of_life(
     settings = {**(PERSISTENT if persistent else SMALL), "lock_timeout": LONGEST_WAIT}
     kept = {"kept": b"k" * 300}
     if persistent:
-        # Then each process revives, also the first, which counts the lines.
+        # Then each process takes the segment over, also the first one, which counts the
+        # lines.
         shmcache.Cache(name, **settings).close()
     with ExitStack() as at_end:
         zygote = at_end.enter_context(Zygote.of(name, Clock(), "life", interpreted_env))

@@ -102,7 +102,7 @@ def test_6_creators_killed_at_random(new_name: Callable[[], str]) -> None:
                 run_and_end(create)
             pids.append(pid)
         for fd in (begin, tell, ending, go):
-            os.close(fd)  # of go: and so they begin
+            os.close(fd)  # closing ``go`` makes them begin
         killed: set[int] = set()
         for _ in range(random.randint(1, 3)):
             killed |= kill_a_creator(name, set(pids) - killed, told, random)

@@ -35,13 +35,13 @@ def run_delay() -> int:
 
 
 def hammer(cache: Cache, number: int, seconds: float) -> tuple[int, float, int]:
-    """Write without a pause: operations done, and of the longest one the seconds that
-    the scheduler has not to answer for, and the turns that others took meanwhile."""
-    turns = cache._words_of(0) + L.S_ACQUISITIONS
+    """Write without a pause.  Return the number of operations; and for the longest one
+    its seconds without the scheduler's delay, and others' acquisitions meanwhile."""
+    acquisitions = cache._words_of(0) + L.S_ACQUISITIONS
     words = cache._attachment.words
     done, longest, passed = 0, 0.0, 0
     end = time.monotonic() + seconds
-    before, delayed, taken = time.monotonic(), run_delay(), words[turns]
+    before, delayed, taken = time.monotonic(), run_delay(), words[acquisitions]
     while before < end:
         cache[done % 50] = number
         done += 1
@@ -49,11 +49,11 @@ def hammer(cache: Cache, number: int, seconds: float) -> tuple[int, float, int]:
         if now - before > LONGEST / 4:
             waited = now - before - (run_delay() - delayed) / 1e9
             if waited > longest:
-                longest, passed = waited, words[turns] - taken
+                longest, passed = waited, words[acquisitions] - taken
         if now - before > LONGEST / 4 or done % 64 == 0:
             delayed = run_delay()
             now = time.monotonic()
-        before, taken = now, words[turns]
+        before, taken = now, words[acquisitions]
     return done, longest, passed
 
 
@@ -82,7 +82,8 @@ def test_12_spare_permits_let_nobody_in_twice(
         writer.say()
     spare = 0
     while not all(writer.link.poll(0) for writer in writers):
-        # Who finds another inside drops its permit, so they must be given anew.
+        # A process that finds another one inside drops its permit, so permits must be
+        # added again.
         if semaphore.value < 2:
             semaphore.release()
             spare += 1
@@ -99,8 +100,8 @@ def test_12_spare_permits_let_nobody_in_twice(
 @pytest.mark.slow
 @pytest.mark.counted
 def test_12_nobody_starves(make_cache: Callable[..., Cache]) -> None:
-    """Of eight processes that hammer one shard each gets its turns, and none is made
-    to wait a quarter of a second while the others take theirs.
+    """If eight processes hammer one shard, each gets its turns, and none waits for a
+    quarter of a second while others get theirs.
 
     On a busy machine a process may stand still for longer: that time is known from
     the scheduler if it is the waiting process, and if it is the one that has the lock

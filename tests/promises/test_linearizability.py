@@ -2,9 +2,10 @@
 
 Workers record each operation with the times of its call and return, and are killed now
 and then.  For every key a search looks for an order of all operations that explains
-what each returned: an order in which nothing comes before what had ended when it began
-(Wing and Gong, with a memory of what has failed).  An operation that its process did
-not survive may have had its effect, at any time after its call, or none.
+what each returned.  In it, an operation that had ended when another one began must come
+first (the algorithm is Wing and Gong's, and remembers what has failed).  An operation
+that its process did not survive may have had its effect, at any time after its call, or
+none.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def linearizable(history: list[Operation]) -> bool:
             new = after(state, ops[n])
             if new is not None:
                 stack.append((done | 1 << n, new))
-            # One that died may also never have taken place: then it stays left.
+            # An operation whose process died may never have taken place: then it
+            # remains.
     return not everything
 
 
@@ -339,7 +341,7 @@ def test_operations_are_linearizable(make_cache: Callable[..., Cache]) -> None:
     unfinished = overlapping = 0
     number = 0
     deadline = time.monotonic() + PATIENCE
-    # Until there was something to be wrong about, however the machine runs them.
+    # Repeat until operations really overlapped, however the machine runs them.
     while number < HISTORIES or not unfinished or overlapping < HISTORIES:
         assert time.monotonic() < deadline, (unfinished, overlapping)
         number += 1

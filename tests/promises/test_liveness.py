@@ -1,4 +1,4 @@
-"""Who is alive: stopped processes, dead ones, and their children.
+"""Liveness: stopped processes, dead ones, and their children.
 
 Promise 2: a stopped process is not robbed.  Promise 3: a dead one is known as dead,
 also in containers.  Promise 4: a fork at any time.  A test's name begins with the
@@ -93,7 +93,7 @@ def test_2_stopped_process_that_is_killed_is_robbed(
     cache["there"] = "value"
     writer = Writer(cache)
     stop_inside(cache, writer.pid, writer.token)
-    turns = shard_word(cache, L.S_ACQUISITIONS)
+    acquisitions = shard_word(cache, L.S_ACQUISITIONS)
 
     def wait_and_write(link: Connection) -> None:
         mine = Cache.attach(cache.name, lock_timeout=PATIENCE)
@@ -103,8 +103,8 @@ def test_2_stopped_process_that_is_killed_is_robbed(
 
     waiter = Peer(wait_and_write)
     assert waiter.hear() == "waiting"
-    time.sleep(0.1)  # several looks; if the waiter robs, here it does
-    assert turns == shard_word(cache, L.S_ACQUISITIONS)
+    time.sleep(0.1)  # time for several looks of the waiter, which must not take over
+    assert acquisitions == shard_word(cache, L.S_ACQUISITIONS)
     with caplog.at_level(logging.WARNING, "shmcache"):
         writer.kill()
         waiter.end()
@@ -216,9 +216,10 @@ def test_3_row_handed_on_does_not_revive_a_dead_holder(
     stop_inside(cache, writer.pid, writer.token)
     writer.kill()
     attachment = cache._attachment
-    assert attachment.reap() == 0  # for the one who takes over to say who died
+    # The row is kept, so that the takeover can log which process died.
+    assert attachment.reap() == 0
     with _lockfile.mutex(), attachment.admin():
-        # A reaper that looked too early.
+        # Pretend that a reaper came too early.
         retire(attachment.words, (writer.token & 0xFFFF) - 1)
 
     def take_row(link: Connection) -> None:

@@ -241,7 +241,7 @@ def test_child_outlives_its_parent(name: str, death: str) -> None:
             cache.close()
         elif death == "is killed":
             signal.pause()
-        os._exit(0)  # without the finalizers of what was a local variable here
+        os._exit(0)  # without the finalizers of local variables
 
     peer = Peer(parent)
     orphan = peer.hear()
@@ -467,14 +467,15 @@ os._exit(0)
 def test_c_fork_without_hooks(name: str) -> None:
     """A process forked in C, and one forked in C from that one, and so on, become
     workers without Python's fork hooks."""
-    # Three parents count 2000 each, the last child 1000, each child one before.
+    # Each of the three parents counts 2000, the last child 1000, and each child one at
+    # first.
     assert f"{3 * 2000 + 1000 + 3} []\n" == run(C_FORK, name)
     assert names_of(name) == []
 
 
 def test_sweeper_that_is_told_to_stop_stops(make_cache: Callable[..., Cache]) -> None:
-    """A stop that comes just before the sweeper clears its bell is noticed; otherwise a
-    fork would wait for it."""
+    """The sweeper notices a stop that comes just before it clears its event; otherwise
+    a fork would wait for it."""
     cache = make_cache(cleanup_interval=300)
     sweeper = Sweeper()
 
@@ -907,7 +908,8 @@ def test_close_while_another_thread_waits_for_the_lock(name: str) -> None:
     """The waiting thread gets CacheClosed, and touches no unmapped memory."""
 
     def hold(link: Connection) -> None:
-        # The lock's holder as it looks to others, without a race to stop it there.
+        # Put the token of a holder in place, instead of stopping a real one at the
+        # right moment.
         cache = Cache(name)
         cache["a"] = 1
         cache._pop_oldest(0)
@@ -936,7 +938,8 @@ def test_close_while_another_thread_waits_for_the_lock(name: str) -> None:
         thread = threading.Thread(target=wait)
         thread.start()
         task = f"/proc/self/task/{thread.native_id}/syscall"
-        # In the kernel and on the semaphore: a futex call, and not that of a GIL.
+        # The thread must be in the kernel, in a futex call on the semaphore and not on
+        # the GIL.
         seen = ""
         while not asleep(seen := read_text(task), cache):
             time.sleep(0.001)

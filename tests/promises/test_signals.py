@@ -162,7 +162,7 @@ def check_strikes(stage: Stage, numbers: Iterator[int], what: str) -> int:
             break
         count += 1
         assert shard_word(stage.cache, L.S_HOLDER) == 0, f"lock held after {what} {n}"
-        # A permit lost in the gap comes back by those who wait: see the next test.
+        # Waiters bring back a permit that was lost in the gap: see the next test.
         if stage.permits() == 0:
             stage.semaphore.release()
         assert stage.permits() == 1
@@ -236,7 +236,7 @@ def come_and_go(cache: Cache) -> None:
 
 
 def reap_and_go(name: str) -> None:
-    """What a process does that notices deaths."""
+    """A process attaches, reaps dead workers, and leaves."""
     with Cache.attach(name) as cache:
         cache._attachment.reap()
 
@@ -276,8 +276,8 @@ def test_5_exception_while_coming_or_going(
     name: str, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """An exception at any line of creating, attaching, reaping, leaving or removing
-    hinders no one: others come and go although the struck process does nothing more; it
-    can try again; and when it ends nothing of it is left."""
+    does no harm: others attach and leave although the struck process does nothing
+    more; it can try again; and when it ends nothing of it is left."""
     act, there = MEMBERSHIP[what]
     home = Path(shmcache.__file__).parent
     files = {str(home / file) for file in Tracer.FILES - {"cache.py"}}

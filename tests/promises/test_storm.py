@@ -32,8 +32,8 @@ SEED = int(os.environ.get("SHMCACHE_SEED", "0")) or secrets.randbits(32)
 def test_1_storm_of_kills(
     variant: str, name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """Workers that are killed at random moments take nothing acknowledged with them,
-    keep no one waiting, and leave a sound segment."""
+    """If workers are killed at random moments, nothing acknowledged is lost, nobody
+    waits for a dead one, and the segment is sound."""
     print(f"SHMCACHE_SEED={SEED}")
     storm = subprocess.run(
         [sys.executable, storm_rig.__file__, name, str(KILLS), str(SEED), variant],

@@ -76,6 +76,6 @@ def points(total: int, every: int, scenario: str) -> range:
 
 
 def offset(every: int, scenario: str) -> int:
-    """Where the sweep of a scenario begins that visits every n-th point."""
+    """The first point of a sweep that visits every n-th point of a scenario."""
     seed = os.environ.get("SHMCACHE_SEED", "1")
     return crc32(f"{seed} {scenario}".encode()) % max(every, 1)

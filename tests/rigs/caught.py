@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 
-# Writing so much takes long enough to be stopped in the midst of it.
+# Writing so much takes long enough to stop the process in the middle of it.
 BIG = 4 << 20
 ROOMY: dict[str, Any] = {
     "max_entries": 50,
@@ -85,7 +85,7 @@ class Writer(Peer):
 
 
 def is_sound(cache: Cache) -> None:
-    """The cache works here and for a newcomer, and the checker finds nothing."""
+    """Check that the cache works here and in a new process, and is sound."""
     cache["sound"] = "yes"
     assert cache.check() == []
     assert (

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import CodeType, FrameType
 
-DEAD = 137  # how a child ends that died as ordered
+DEAD = 137  # the exit code of a child that died as ordered
 FAILED = 1
 
 
 class Clock:
-    """The time of a scenario, the same in all processes; ns."""
+    """The clock of a scenario, in ns; it is the same in all processes."""
 
     def __init__(self, ns: int = 1_000_000_000_000) -> None:
         self.ns = ns
@@ -48,7 +48,7 @@ class Clock:
 
 
 class Fuse:
-    """Steps that a process has left; it notes how many it took where all can see."""
+    """The steps that a process has left; it counts the steps taken in shared words."""
 
     def __init__(self, left: int, report: memoryview) -> None:
         self._left = left
@@ -135,9 +135,9 @@ def light(cache: shmcache.Cache, fuse: Fuse) -> None:
 
 
 class Tracer:
-    """A trace function in which each line of a worker's coming and going is a step.
+    """A trace function for which each line of attaching and leaving is a step.
 
-    A line is one the first time that it is reached: loops go over a thousand rows.
+    A line counts only the first time, because some loops go over a thousand rows.
     """
 
     FILES = frozenset(
@@ -539,7 +539,7 @@ def sweep(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
 
 
 def cascading(cache: shmcache.Cache, clock: Clock, k: Keys) -> None:
-    """As mortal, and entries in the wheel's upper levels whose time has come near."""
+    """As mortal, with entries in the wheel's upper levels that are due soon."""
     mortal(cache, clock, k)
     clock.ns += 299_990_000_000
 
@@ -605,7 +605,7 @@ def repair_mortal(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
     cache._rebuild_shard(0)
 
 
-# Workers: nothing of these is in a shard.
+# The scenarios below are about workers, not about shards.
 
 COUNTER = L.ROW_WORDS - 1  # the last counter of a row, which the engine has no use for
 COUNTED = 5
@@ -707,7 +707,7 @@ def child(
     fuse = Fuse(steps, report)
     keys = Keys(cache)
     if name == "attach":
-        light(cache, fuse)  # the row itself is what it is about
+        light(cache, fuse)  # the scenario is about the row itself
     else:
         cache._enter_process()
         report[1] = cache._attachment.token
@@ -716,7 +716,7 @@ def child(
 
 
 def mortal_child(cache_name: str, name: str, steps: int, report: memoryview) -> None:
-    """Live a life, up to the line at which to die."""
+    """Run a life, up to the line at which to die."""
     sys.settrace(Tracer(Fuse(steps, report)))
     LIVES[name](cache_name)
     sys.settrace(None)

@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "max_bytes": 120 * 64,
     "shards": 2,
     "cleanup_interval": 300,
-    # The holder's word may come to name somebody who lives.
+    # Damage may put the token of a living worker into HOLDER.
     "lock_timeout": 0.2,
 }
 KEYS: list[Any] = [f"key {n}" for n in range(40)]
@@ -48,7 +48,7 @@ KEYS += ["k" * 150, b"bytes", 7, -(1 << 70), ("tuple", 1, (b"in", 2)), ""]
 
 
 class Violation(Exception):
-    """Something that the cache promised is not so."""
+    """The cache has broken one of its promises."""
 
 
 def value_of(key: Any, number: int) -> Any:
@@ -82,7 +82,7 @@ class Rounds:
         self.seed = seed
         self.seen: Counter[str] = Counter()
         self.clock = Clock()
-        # The seed of the hash: else a round would be another one when repeated.
+        # The seed of the hash is fixed; otherwise a repeated round would differ.
         vars(os)["urandom"] = random.Random(seed).randbytes
         self.open()
         self.fill()
@@ -131,9 +131,9 @@ class Rounds:
             yield "counts", at + 64, 8 * L.S_WHEEL_BITS - 64
             wheel = 8 * (L.S_IN_FLIGHT - L.S_WHEEL_BITS)
             yield "wheel", at + 8 * L.S_WHEEL_BITS, wheel
-            yield "claims", at + 8 * L.S_IN_FLIGHT, 16 * L.IN_FLIGHT
-            yield "notices", at + 8 * L.S_MAILBOX_HEAD, 8 * 8
-            yield "notices", at + 8 * L.S_MAILBOX, 64 * 8
+            yield "in-flight table", at + 8 * L.S_IN_FLIGHT, 16 * L.IN_FLIGHT
+            yield "mailbox", at + 8 * L.S_MAILBOX_HEAD, 8 * 8
+            yield "mailbox", at + 8 * L.S_MAILBOX, 64 * 8
             yield "buckets", at + g.buckets_at, 4 * g.slots
             records = L.RECORD * (g.slots + 1)
             yield "records", at + g.records_at, records
@@ -142,7 +142,7 @@ class Rounds:
             yield "arena", at + g.arena_at, g.block_size * (g.blocks + 1)
 
     def damage(self, rng: random.Random) -> str:
-        """Change some bytes; what was done, for people."""
+        """Change some bytes; return a description for people."""
         area, at, length = rng.choice(self.areas)
         changes = [
             ("bits", self.flip_bits),
@@ -169,7 +169,7 @@ class Rounds:
         self.buffer[where : where + size] = word.to_bytes(8, "little")[:size]
 
     def replace_index(self, rng: random.Random, at: int, length: int) -> None:
-        """A word that looks like a link, and so leads astray instead of nowhere."""
+        """Put a plausible link in a word, so that it leads to a wrong place."""
         where = at + rng.randrange(length // 4) * 4
         index = rng.randrange(self.geometry.slots + 3)
         self.buffer[where : where + 4] = index.to_bytes(4, "little")
@@ -194,7 +194,7 @@ class Rounds:
     # --- use --------------------------------------------------------------------------
 
     def verify(self, key: Any, value: Any) -> None:
-        """A value found under a key is one that was stored under it."""
+        """Check that a value found under a key was stored under it."""
         known = (value_of(key, number) for number in range(4))
         if key == "counter":
             good = type(value) is int and 41 <= value < 50
@@ -238,7 +238,7 @@ class Rounds:
             self.cache.ttl(key)
 
     def get_or_set(self, key: Any) -> None:
-        # A claim that names one who lives is waited for.
+        # If a pair in the in-flight table names a living worker, callers wait for it.
         value = self.cache.get_or_set(key, lambda: value_of(key, 2), timeout=0.05)
         self.verify(key, value)
 
@@ -279,12 +279,12 @@ class Rounds:
                 self.seen[type(error).__name__] += 1
 
     def shards_findings(self) -> list[str]:
-        """What the checker says of the shards; nobody repairs headers and rows."""
+        """Return the findings about the shards; headers and rows are never repaired."""
         findings = []
         for shard in range(self.geometry.shards):
             data = self.cache._copy_shard(shard, 0, self.geometry.stride)
             findings += _check.check_shard(data, self.header, shard, quiescent=False)
-        # Of two good entries with one version nobody knows which has the right one.
+        # If two good entries have one version, nobody knows which one is right.
         return [line for line in findings if ", as slot" not in line]
 
     def restore(self) -> None:
@@ -359,7 +359,7 @@ class RoundsAtRest(Rounds):
             self.seen[type(error).__name__] += 1
             return
         try:
-            # Some words of the header may be of another segment that could be.
+            # Some damaged words of the header may describe another possible segment.
             header = self.cache._attachment.header
             self.header = _check.Header(
                 header.geometry, header.seed, header.settings.max_entries, L.MASK64
@@ -369,7 +369,7 @@ class RoundsAtRest(Rounds):
             self.leave()
 
     def write(self) -> None:
-        """Put bytes into the segment's file, which may have gone for the damage."""
+        """Put bytes into the segment's file, which damage may have had removed."""
         path = Names.of(self.name).segment_path
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(fd, "wb") as file:
@@ -418,7 +418,7 @@ class RoundsOfHandles(Rounds):
         self.map.discard(KEYS[-3])
 
     def close(self, _key: Any, handle: str, _cause: shmcache.Cause) -> None:
-        """Closed, and never twice: see ``round``."""
+        """Note that a handle was closed; ``round`` checks that it never is twice."""
         self.closed[handle] += 1
 
     def verify(self, key: Any, value: Any) -> None:
@@ -437,7 +437,7 @@ class RoundsOfHandles(Rounds):
             raise Violation(f"{findings}, closed twice: {twice}")
 
     def new(self, key: Any) -> str:
-        """A handle that never was there."""
+        """Make a handle that was never registered."""
         self.number += 1
         return f"{self.number}: handle of {key!r}"
 

@@ -38,12 +38,12 @@ LEFT_OUT: Any = ...
 MISSING = object()
 
 KEYS: list[Any] = ["", "a", "b", "c", "k" * 100, b"a", 1, 2, 3, ("t", 1), ("t", 2)]
-# By name, so that a failing history is short.
+# Values are drawn by name, so that a failing history is short.
 VALUES: dict[str, Any] = {
     **{repr(value): value for value in (None, 0, 7, -1, 1.5, "", "text", b"")},
     **{f"{n} bytes": b"x" * n for n in (50, 60, 300, 600, 1500, 3000)},
 }
-# Each a whole number of the units in which a record keeps it, so renewals are exact.
+# Each is a whole number of the units in which a record keeps it, so renewals are exact.
 TTLS: list[Any] = [LEFT_OUT, LEFT_OUT, None, 1e-9, 0.001, 0.05, 1, 100.0, 1e6]
 
 keys = st.sampled_from(KEYS)

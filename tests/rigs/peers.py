@@ -89,7 +89,7 @@ def start(script: str, *arguments: str, python: str = sys.executable) -> Any:
 
 
 def finish(process: Any, given: str = "") -> str:
-    """What a script printed; it must have ended well and without any complaint."""
+    """Return what a script printed; it must have ended with 0 and an empty stderr."""
     try:
         output, complaints = process.communicate(given, timeout=PATIENCE)
     except subprocess.TimeoutExpired:

@@ -281,8 +281,9 @@ class Server:
         assert "Traceback" not in self.output(), self.output()
         uwsgi = self.kind.id.startswith("uwsgi") and not self.persists
         if uwsgi and not shmcache.compiled and names_of(self.name):
-            # uWSGI's first process ends without Python's farewell, and only C code can
-            # take leave then.  What it leaves nobody uses, and anybody may remove.
+            # uWSGI's first process ends without finalizing Python, so only C code can
+            # leave the segment then.  Nobody uses the files that it leaves, and any
+            # process may remove them.
             command = [sys.executable, "-P", "-m", "shmcache", "unlink", self.name]
             subprocess.run(command, check=True, timeout=PATIENCE)
 

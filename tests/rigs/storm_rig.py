@@ -34,15 +34,15 @@ WORKERS = 4
 KEYS = 24  # of each worker, that only it writes
 CLEARED = 6  # the first of them are what it clears together
 SIZES = (10, 60, 64, 200, 1_000, 5_000, 40_000)
-# Five times what a death may cost the others: machines that run tests are busy.
+# This is five times as long as a death may delay the others, as test machines are busy.
 LONGEST_WAIT = 5.0
-# Progress that does not come in this time will not come.
+# Without progress for so long, the storm has failed.
 PATIENCE = 60.0
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    # Nothing of it is ever evicted: what was acknowledged must be there.
+    # Nothing is ever evicted here, so what was acknowledged must be there.
     "roomy": {"max_entries": 2_000, "max_bytes": 16 << 20, "shards": 2},
-    # Both bounds are felt all the time.
+    # Both bounds are reached all the time.
     "tight": {"max_entries": 40, "max_bytes": 300_000, "shards": 1},
 }
 ROOMY = "roomy"
@@ -52,7 +52,7 @@ SET, DELETED = 1, 2
 
 
 class Violation(Exception):
-    """Something that the cache promised is not so."""
+    """The cache has broken one of its promises."""
 
 
 def payload(key: str, number: int) -> bytes:
@@ -109,7 +109,7 @@ class Worker:
             f"w{page.slot}:{'c' if key < CLEARED else 'k'}{key}" for key in range(KEYS)
         ]
         self.numbers = count(1 + max(self.words[: 2 * KEYS]) // 4)
-        self.over: dict[str, int] = {}  # from when on what is short-lived is no more
+        self.over: dict[str, int] = {}  # by when short-lived entries have expired
 
     # --- one key of its own ---------------------------------------------------------
 
@@ -318,7 +318,7 @@ class Storm:
         try:
             cache = self.cache
             if slot & 1:
-                # As unrelated processes do, by name.
+                # It attaches by name, as unrelated processes do.
                 cache = shmcache.Cache.attach(cache.name, lock_timeout=LONGEST_WAIT)
             Worker(cache, self.pages[slot], seed, self.variant).live()
         except BaseException:
@@ -369,7 +369,7 @@ class Storm:
                 time.sleep(0.001)
 
     def compare(self) -> None:
-        """With nobody alive: all that was acknowledged is there, and all is sound."""
+        """With no worker alive, check that all acknowledged is there, and is sound."""
         findings = self.cache.check()
         if findings:
             raise Violation(f"check(): {findings}")
@@ -383,7 +383,7 @@ class Storm:
             raise Violation(f"{len(self.cache)} entries, met {len(list(self.cache))}")
 
     def rage(self) -> dict[str, Any]:
-        """Kill as often as was asked for, and return what happened."""
+        """Kill as often as requested, and return what happened."""
         everybody = list(range(WORKERS))
         for slot in everybody:
             self.start(slot)
