@@ -77,7 +77,7 @@ __all__ = [
     "report",
 ]
 
-# Imported when first asked for: importing the package shall be cheap.
+# These are imported when first asked for, so that importing the package is cheap.
 _LAZY = {
     "ConfigCache": "configs",
     "ConfigSettings": "configs",

@@ -286,7 +286,7 @@ class Listeners:
         moment = self.moment(state.asked)
         if moment is not None and moment == state.moment:
             return
-        # Unset meanwhile: if this look is interrupted, the next one begins anew.
+        # It is None meanwhile, so that after an interruption the next look begins anew.
         state.moment = None
         for key, group in self._groups.items():
             _, number = self._configs.gets(key)
@@ -319,7 +319,7 @@ class Listeners:
         state.calls.start()
 
     def _run(self, job: _Job) -> None:
-        # Runs in a thread of the callbacks, in one at a time for a group.
+        # This runs in a callback thread, in one at a time for a group.
         group, state = job.group, self._process
         while True:
             with group.lock:
@@ -361,7 +361,7 @@ class Listeners:
                 state.told += 1
                 state.failures += failed
         with group.lock:
-            # Not if a member has come meanwhile, which has not been told.
+            # If members differ, one has come meanwhile, which has not been told.
             if members == group.members:
                 group.told = version.number
 

@@ -112,7 +112,8 @@ class Member(Engine):
         except BaseException:
             attachment.release()
             raise
-        # Leaves also when nobody calls close(), at the latest with the object.
+        # This leaves the segment when nobody calls close(), at the latest when the
+        # object is freed.
         self._finalizer = weakref.finalize(self, attachment.release)
         self._finalizer.atexit = False
 
@@ -157,8 +158,9 @@ class Member(Engine):
         self.closed = False
 
     def _rebuild_all(self, attachment: Attachment) -> None:
-        # Under the admin lock, and nobody else is there: the dead may have left any
-        # shard in any state, and its bytes may have been changed since.
+        # The caller holds the admin lock, and no other process is attached.  Dead
+        # processes may have left any shard in any state, and its bytes may have been
+        # changed since.
         self._take_up(attachment)
         self._adopt()
         kept = dropped = 0
@@ -216,9 +218,9 @@ class Member(Engine):
                 try:
                     self._attachment.enter()
                 except SegmentNotFound:
-                    # Forked from a process that has gone since and took the segment
-                    # with it: the forked ones meet in a new one of the same name (as
-                    # another user, perhaps, than it was).
+                    # The process that forked this one has ended and removed the
+                    # segment.  Its children meet in a new segment of the same name,
+                    # perhaps as another user.
                     leave = self._finalizer
                     self._names = Names.of(self.name)
                     self._close_semaphores()

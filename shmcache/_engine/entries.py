@@ -418,8 +418,8 @@ class Entries(Wheel):
     def _make_room(
         self, s: Index, b: Index, old: Index, need: Index, now: Word
     ) -> Index:
-        # Make room for a record of ``need`` blocks; returns ``old``, or 0 if the old
-        # record had to go before.
+        # Make room for a record of ``need`` blocks; return ``old``, or 0 if the old
+        # record had to be removed for that.
         if self.w64[b + S_ENTRIES] > self.capacity[s]:
             raise Corrupt("entries")  # before all entries are evicted for it
         if old == 0:
@@ -485,7 +485,7 @@ class Entries(Wheel):
     @cython.final
     @cython.exceptval(-1)
     def _redo(self, b: Index) -> cython.int:
-        # Finish what a dead writer began; nothing if the words make no sense.
+        # Finish what a dead writer began; do nothing if the words make no sense.
         slot: Word = self.w64[b + S_REDO_SLOT]
         version: Word = self.w64[b + S_REDO_VERSION]
         if 0 < slot <= cython.cast(Word, self.slots):

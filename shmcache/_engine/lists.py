@@ -49,7 +49,8 @@ class Lists(Words):
     @cython.final
     @cython.exceptval(-1)
     def _chain_insert(self, b: Index, slot: Index, h32: Word) -> cython.int:
-        # At the head: of two records of one key a reader meets the newer one first.
+        # A record enters at the head, so a reader meets the newer of two records of one
+        # key first.
         head: Index = self._bucket(b, h32)
         self.w32[2 * self._record(b, slot) + F_CHAIN] = self.w32[head]
         if cython.compiled:

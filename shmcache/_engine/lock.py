@@ -324,9 +324,9 @@ class Lock(Rebuild):
         return 0
 
     def _take_permit(self, s: int, timeout: float) -> bool:
-        # Interpreted.  posix_ipc lets other threads run meanwhile, and one of them may
-        # close the cache.  Order matters: this registers first and then tests
-        # ``closed``; close() does the reverse.
+        # This is interpreted only.  posix_ipc lets other threads run meanwhile, and one
+        # of them may close the cache.  Order matters: this registers first and then
+        # tests ``closed``; close() does the reverse.
         if cython.compiled:
             raise NotImplementedError
         me = get_ident()
@@ -348,7 +348,8 @@ class Lock(Rebuild):
         return got
 
     def _hold_interpreted(self, s: int, b: int) -> bool:
-        # With the permit in hand; False when it turns out to be a spare one.
+        # Become the holder.  The caller has a permit; if that was a spare one, this
+        # returns False.
         return self._replace_holder(s, b, 0)
 
     # --- the slow way in ------------------------------------------------------------

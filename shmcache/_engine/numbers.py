@@ -91,7 +91,7 @@ def number_bytes(number: Any) -> Any:
 
 @cython.cfunc
 def number_of(data: bytes, tag: cython.uint) -> Any:
-    # The reverse.
+    # The int or float that eight bytes stand for.
     if cython.compiled:
         if tag == INT_TAG:
             return cython.cast(

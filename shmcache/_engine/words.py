@@ -171,7 +171,7 @@ def word_of(data: bytes) -> Word:
 
 @cython.cfunc
 def bytes_of(word: Word) -> bytes:
-    # The reverse.
+    # The eight bytes of a word.
     if cython.compiled:
         return PyBytes_FromStringAndSize(
             cython.cast("const char *", cython.address(word)), 8

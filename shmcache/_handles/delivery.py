@@ -129,7 +129,7 @@ class Delivery:
                 owner, number, cause = messages[i : i + 3]
                 if owner == self._token and number in table.numbers:
                     self.take_out(table.numbers[number], _cause(cause))
-            # Last: if the loop is interrupted, the messages are read again.
+            # This comes last: if the loop is interrupted, the messages are read again.
             self.read[shard] = head
         return True
 

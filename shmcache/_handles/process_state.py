@@ -256,7 +256,8 @@ class ProcessState(Table):
             record = self.handles.get(shared)
             if record is None:
                 return None
-            # Before the entry is asked for, so that it cannot be closed in between.
+            # This comes before the look at the entry, so that the handle cannot be
+            # closed in between.
             record.leases += 1
         if self._registry.renew(shared) and record.cause is None:
             return record

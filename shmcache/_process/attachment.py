@@ -140,7 +140,7 @@ class Attachment:
                     known.release()
                     raise
                 known.release()
-            # In one line, so that no exception out of a signal handler can strike
+            # This is one line, so that no exception out of a signal handler can strike
             # while nobody is there to give the reference back.
             return cls._come(names, settings, now, prepare)
 
@@ -187,7 +187,7 @@ class Attachment:
             raise
 
     def _find(self, settings: Settings | None, now: int) -> bool:
-        # Finds the segment, or makes it; whether it was left by users that all died.
+        # Find the segment, or make it; return whether all its users had died.
         names = self.names
         in_use = self.lockfile.used_by_others()
         try:
@@ -215,7 +215,7 @@ class Attachment:
         return not in_use
 
     def _unfinished(self) -> bool:
-        # Without a magic word: its creator was killed before the end.
+        # Whether the file has no magic word, because its creator was killed too early.
         try:
             with open(self.names.segment_path, "rb") as file:
                 return not file.read(8).strip(b"\0")
@@ -323,7 +323,8 @@ class Attachment:
         self.guard[0] = token
 
     def _free_row(self) -> int:
-        # A row that no process has, locked for us; if need be the dead's are reaped.
+        # Return a row that no process has, locked for us.  If there is none, the rows
+        # of dead processes are reaped.
         for _ in range(2):
             for row in range(L.ROWS):
                 token = self.words[L.row_at(row) + L.R_TOKEN]
@@ -396,8 +397,8 @@ class Attachment:
                     )
 
     def _remove_lone_lock_file(self) -> None:
-        # Under the admin lock.  A lock file without a segment is of no use; nor may we
-        # leave a new one beside a segment that we were refused.
+        # The caller holds the admin lock.  A lock file without a segment is of no use,
+        # and we may not leave a new one beside a segment that we were refused.
         if (
             self.lockfile.current()
             and (self.lockfile.is_new or not os.path.lexists(self.names.segment_path))
@@ -555,8 +556,9 @@ class Attachment:
 
 
 def _referred(names: Names) -> Attachment | None:
-    # The attachment with a reference more.  Until the reference is there, the garbage
-    # collector may finalize its last user at any moment, which closes it.
+    # Return the attachment, with one more reference to it.  Until the reference is
+    # there, the garbage collector may finalize its last user at any moment, which
+    # closes it.
     known = _attachments.get(names.segment)
     if known:
         known.references += 1
@@ -572,7 +574,7 @@ def _fork_guard() -> tuple[mmap.mmap, memoryview]:
     try:
         page.madvise(_MADV_WIPEONFORK)
     except OSError:
-        # Before Linux 4.14, and under emulated kernels: then forks in C go unnoticed.
+        # Linux before 4.14 and emulated kernels cannot do it: forks in C go unnoticed.
         def wipe() -> None:
             words[0] = 0
 

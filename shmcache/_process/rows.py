@@ -105,7 +105,7 @@ def _try_sum(words: memoryview) -> tuple[list[int], bool]:
     totals = words[at : at + n].tolist()
     retired = words[at + L.RETIRED_TOKEN]
     rows = words[L.ROWS_AT // 8 : L.row_at(L.ROWS)].tolist()
-    # Two tests, because after two retired rows the same copy counts again.
+    # There are two tests, because after two retired rows the same copy counts again.
     exact = (words[L.H_RETIRED] & 1, words[L.H_FREED]) == (counting, freed)
     for row in range(0, len(rows), L.ROW_WORDS):
         if rows[row + L.R_TOKEN] not in (0, retired):
@@ -124,7 +124,7 @@ def _retired_at(copy: int) -> int:
 def occupy(words: memoryview, row: int) -> int:
     """Write this process into a row, which it has locked; the process's token."""
     at = L.row_at(row)
-    # First: a generation that was given out once is never given out again.
+    # This comes first, so that a generation is never given out twice.
     words[L.H_GENERATION] += 1
     token: int = make_token(words[L.H_GENERATION], row)
     words[at + L.R_PID] = os.getpid()
@@ -165,5 +165,5 @@ def _clear(words: memoryview, at: int) -> None:
     for i in range(L.R_COUNTERS, L.ROW_WORDS):
         words[at + i] = 0
     words[L.H_FREED] = (words[L.H_FREED] + 1) & L.MASK64
-    # Last: until this store the row is not handed out again.
+    # This comes last, because after this store the row may be handed out again.
     words[at + L.R_TOKEN] = 0

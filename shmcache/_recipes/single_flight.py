@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from shmcache._process.attachment import Attachment
 
-# Seconds.
+# All of these are in seconds.
 _FIRST_PAUSE = 0.000_5
 _LONGEST_PAUSE = 0.02
 _CROWD_PATIENCE = 1.0

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def open_block(names: Names) -> Block:
     """Open the block of an existing segment; for what it raises see ``Block``."""
-    # Here and not above: it imports multiprocessing, which takes its time.
+    # Imported here and not above, because it imports multiprocessing, which is slow.
     from shmcache._segment.block import Block
 
     return Block(names)

@@ -84,7 +84,7 @@ def write_header(
         words[word] = value
     _put_text(buffer, L.CODEC_AT, L.CODEC_SIZE, settings.codec)
     _put_text(buffer, L.NAME_AT, L.NAME_SIZE, names.cache)
-    # Last: from this store on the segment counts as complete.
+    # This comes last: from this store on the segment counts as complete.
     words[L.H_MAGIC] = L.MAGIC
 
 
