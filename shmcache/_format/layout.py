@@ -158,7 +158,7 @@ S_REDO_SLOT = 17  # 0 = none
 S_REDO_VERSION = 18
 S_REDO_VALUE = 19  # its eight bytes
 S_REDO_CHECKSUM = 20
-# Counters.
+# From here on there are counters.
 S_HITS = 24  # hits of the interpreted engine, which reads under the lock
 S_MISSES = 25
 S_SETS = 26

@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 _ADMIN = 0
 _RECOVERY = 16  # first of MAX_SHARDS bytes
 _ROW = 4096  # first of ROWS bytes
-# Seconds.  Creating a large segment, or taking over a whole one, happens under the
-# admin lock and may take that long on a slow machine.
+# This is in seconds.  Creating a large segment, or taking over a whole one, happens
+# under the admin lock and may take that long on a slow machine.
 ADMIN_TIMEOUT = 60.0
 
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid

@@ -106,7 +106,7 @@ def _try_sum(words: memoryview) -> tuple[list[int], bool]:
     totals = words[at : at + n].tolist()
     retired = words[at + L.RETIRED_TOKEN]
     rows = words[L.ROWS_AT // 8 : L.row_at(L.ROWS)].tolist()
-    # Two tests, because after two retired rows the same copy counts again.
+    # There are two tests, because after two retired rows the same copy counts again.
     exact = (words[L.H_RETIRED] & 1, words[L.H_FREED]) == (counting, freed)
     for row in range(0, len(rows), L.ROW_WORDS):
         if rows[row + L.R_TOKEN] not in (0, retired):

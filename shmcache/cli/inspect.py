@@ -453,9 +453,14 @@ COMMANDS = (
             JSON_ALTERNATIVE,
         ),
         description="List the caches of this user: size, entries, hit ratio, workers,"
-        " age.  Exit code 1 if one is damaged or not safely ours.",
+        " age.  The exit code is 1 if one is damaged or not safely ours.",
     ),
-    Command("stats", "What a cache did, over all processes.", _stats, (NAME, JSON)),
+    Command(
+        "stats",
+        "Show what all processes together did with a cache.",
+        _stats,
+        (NAME, JSON),
+    ),
     Command(
         "top",
         "Watch caches live.",
@@ -509,16 +514,16 @@ COMMANDS = (
             JSON_ALTERNATIVE,
         ),
         description="Print the value of a key: a str unchanged, any other value as"
-        " Python writes it.  This is not a use of the entry.  Exit code 1 if there is"
-        " none.",
+        " Python writes it.  This is not a use of the entry.  The exit code is 1 if"
+        " there is none.",
     ),
     Command(
         "inspect",
         "Show the record of a key.",
         _inspect,
         (NAME, KEY, key_type(), JSON),
-        description="Show the record of a key: sizes, times, place, owner.  Exit code 1"
-        " if there is none, or if it is damaged.",
+        description="Show the record of a key: sizes, times, place, owner.  The exit"
+        " code is 1 if there is none, or if it is damaged.",
     ),
     Command("handles", "List the handles of all workers.", _handles, (NAME, JSON)),
 )

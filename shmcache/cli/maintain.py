@@ -100,7 +100,7 @@ COMMANDS = (
         _check,
         (NAME, JSON),
         description="Look for damage in a cache's segment, in a copy and without"
-        " attaching.  Exit code 1 if there is some.",
+        " attaching.  The exit code is 1 if there is some.",
     ),
     Command(
         "clean",

@@ -138,7 +138,7 @@ COMMANDS = (
         _delete,
         (NAME, KEYS, key_type()),
         description="Remove keys.  Handles of these keys are closed by their owners."
-        "  Exit code 1 if one of the keys was not there.",
+        "  The exit code is 1 if one of the keys was not there.",
     ),
     Command(
         "clear",

@@ -61,7 +61,7 @@ def _info(_options: argparse.Namespace) -> int:
 COMMANDS = (
     Command(
         "demo",
-        "Gunicorn workers on real work: a dict in each, then one shared cache.",
+        "Measure gunicorn workers with a dict in each, then with one shared cache.",
         _demo,
         (
             argument(
@@ -93,7 +93,7 @@ COMMANDS = (
     ),
     Command(
         "soak",
-        "Does memory stay flat?  Worker processes under load, watched.",
+        "Run workers under load, and judge whether their memory stays flat.",
         _soak,
         (
             argument(
@@ -101,5 +101,5 @@ COMMANDS = (
             ),
         ),
     ),
-    Command("info", "Version, engine, Python and platform.", _info),
+    Command("info", "Print version, engine, Python and platform.", _info),
 )

@@ -18,9 +18,9 @@ PROFILES = ("cache", "handles", "mixed", "churn")
 SERVERS = ("fork", "gunicorn")
 LEAKS = ("memory", "descriptors", "threads")
 DESCRIPTION = (
-    "Does memory stay flat?  Runs workers on a cache, kills and recycles them, watches"
-    " what they hold, and judges that.  Exit code 1 if there is a leak, or if anything"
-    " does not add up."
+    "Does memory stay flat?  This runs workers on a cache, kills and recycles them,"
+    " and judges whether what they hold grows.  The exit code is 1 if there is a leak,"
+    " or if anything does not add up."
 )
 
 
@@ -229,7 +229,7 @@ def from_namespace(namespace: argparse.Namespace) -> Options:
 
 
 def _refuse_trace(path: str) -> None:
-    # Refused here, where the user sees it, and not later in each of the workers.
+    # It is refused here, where the user sees it, and not later in each worker.
     from shmcache.soak.load import accesses
 
     hint = "name a trace file: numbers, one a line (.gz or plain), or 32-bit (.xz)"
@@ -279,7 +279,7 @@ def run_name() -> str:
 
 
 def _refuse_folder(option: str, path: Path) -> None:
-    # Refused now, and not after a run of hours.
+    # It is refused now, and not after a run of hours.
     if path.is_dir() or not path.parent.is_dir():
         raise SoakError(
             f"{option} {path}: cannot be written there: name a file in an existing"
