@@ -29,8 +29,8 @@ from shmcache._format import layout as L
 from shmcache._format.fields import make_token, row_of
 
 # All rows are read at most ATTEMPTS times; then the last sum is taken as it is.  After
-# the first AT_ONCE times there is a pause (s) in between.  Rows are never retired for so
-# long without a break.
+# the first AT_ONCE times there is a pause (s) in between.  Rows are hardly ever retired
+# for so long without a break.
 ATTEMPTS = 200
 AT_ONCE = 20
 PAUSE = 0.000_1
