@@ -170,7 +170,8 @@ def test_versions_grow(make_configs: Callable[..., ConfigCache], clock: Any) -> 
 
 
 def test_failing_loader(make_configs: Callable[..., ConfigCache]) -> None:
-    """What a loader raises reaches its caller and is counted; what was there stays."""
+    """If a loader raises, its caller gets the exception, it is counted, and the stored
+    configuration stays."""
 
     def fail(key: str) -> Any:
         raise OSError(key)
@@ -188,7 +189,8 @@ def test_failing_loader(make_configs: Callable[..., ConfigCache]) -> None:
 def test_a_load_does_not_overwrite_what_was_set_meanwhile(
     make_configs: Callable[..., ConfigCache],
 ) -> None:
-    """What was set while a load was under way stays, and is what the load returns."""
+    """A configuration that was set while a load was under way stays, and the load
+    returns it."""
     configs = make_configs()
 
     def overtaken(_: str) -> Any:
@@ -234,8 +236,8 @@ def test_threads_load_once(make_configs: Callable[..., ConfigCache]) -> None:
 def test_a_load_that_comes_too_late_is_none(
     make_configs: Callable[..., ConfigCache],
 ) -> None:
-    """A caller that missed, and whose turn comes after another has loaded, takes the
-    other's configuration."""
+    """A caller that missed, but whose turn comes after another one has loaded, takes
+    the other's configuration."""
     configs = make_configs()
     configs.set("a", 1)
     # As ``get`` goes on after its miss.
@@ -246,8 +248,8 @@ def test_a_load_that_comes_too_late_is_none(
 def test_reload_is_not_content_with_an_earlier_load(
     make_configs: Callable[..., ConfigCache],
 ) -> None:
-    """A reload asked for while a load is under way loads again: the source may have
-    changed since that one read it."""
+    """A reload that is requested while a load is under way loads again, because the
+    source may have changed since that load read it."""
     source = [1]
     inside, go_on = threading.Event(), threading.Event()
 
@@ -339,8 +341,8 @@ def test_a_watcher_reloads_and_is_stopped_once(
 
 
 def test_watchers_are_bounded(make_configs: Callable[..., ConfigCache]) -> None:
-    """The watcher that was unused for longest is stopped for another's sake; getting
-    its configuration is a use."""
+    """The watcher that was unused for longest is stopped to make room for another;
+    getting its configuration is a use."""
     configs = make_configs(lambda key: [key], settings=ConfigSettings(max_watchers=2))
     first = configs.watch("a", Watcher)
     second = configs.watch("b", Watcher)
@@ -353,7 +355,8 @@ def test_watchers_are_bounded(make_configs: Callable[..., ConfigCache]) -> None:
 def test_unused_watchers_and_listeners_expire(
     make_configs: Callable[..., ConfigCache], clock: Any
 ) -> None:
-    """Watcher and group that nobody uses for their time go; what is used stays."""
+    """A watcher and a group that nobody uses for their time are removed; used ones
+    stay."""
     configs = make_configs(lambda key: [key], clock=clock)
     ended: list[str] = []
     watchers = {key: configs.watch(key, Watcher) for key in "ab"}
@@ -477,7 +480,8 @@ def test_close_is_no_eviction(make_configs: Callable[..., ConfigCache]) -> None:
 def test_evicted_listener_may_subscribe_again(
     make_configs: Callable[..., ConfigCache],
 ) -> None:
-    """``on_end`` can subscribe anew, and what comes then is told."""
+    """``on_end`` can subscribe again, and the new listener is told of later
+    versions."""
     configs = make_configs(settings=ConfigSettings(max_listeners=1))
     told: list[Any] = []
 

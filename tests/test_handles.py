@@ -224,7 +224,7 @@ def test_set_of_the_same_handle(
 def test_pop_gives_the_handle_back(
     make_map: Callable[..., HandleMap], ledger: Ledger
 ) -> None:
-    """What was popped is the caller's to close."""
+    """A handle that was popped belongs to the caller, who closes it."""
     handles = make_map()
     handles["k"] = "h"
     assert handles.pop("k") == "h"
@@ -238,7 +238,8 @@ def test_pop_gives_the_handle_back(
 def test_leased_handles_stay_open(
     make_map: Callable[..., HandleMap], ledger: Ledger
 ) -> None:
-    """A handle evicted, replaced or closed under its leases goes with the last one."""
+    """A handle evicted, replaced or closed under its leases is closed with the last
+    one."""
     handles = make_map()
     leases = [handles.lease("k", lambda: "h") for _ in range(2)]
     assert [lease.__enter__() for lease in leases] == ["h", "h"]
@@ -267,7 +268,7 @@ def test_lease_of_nothing(make_map: Callable[..., HandleMap]) -> None:
 def test_bad_arguments(
     make_map: Callable[..., HandleMap], ledger: Ledger, new_name: Callable[[], str]
 ) -> None:
-    """What makes no sense is refused with a remedy, and nothing is lost."""
+    """Arguments that make no sense are refused with a remedy, and nothing is lost."""
     handles = make_map()
     handles["k"] = "h"
     wrong: Any = "not callable"
@@ -342,7 +343,7 @@ def test_another_kind_of_cache(make_map: Callable[..., HandleMap]) -> None:
 def test_callback_that_raises(
     make_map: Callable[..., HandleMap], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a callback raises is logged with key and cause, and counted."""
+    """If a callback raises, this is logged with key and cause, and counted."""
 
     def fail(_key: Any, _handle: Any, _cause: Cause) -> None:
         raise ZeroDivisionError
@@ -447,7 +448,8 @@ def test_one_factory_call_for_many_threads(
 def test_factory_that_fails_leaves_it_to_another(
     make_map: Callable[..., HandleMap],
 ) -> None:
-    """What a factory raises reaches its caller alone; one that waits tries then."""
+    """If a factory raises, only its caller gets the exception, and a waiting one tries
+    next."""
     handles = make_map()
     inside, go = threading.Event(), threading.Event()
     found = []
@@ -688,7 +690,8 @@ def test_bound_and_order_are_of_the_host(name: str) -> None:
 
 
 def test_others_clear_expiry_and_deletion(name: str) -> None:
-    """What any worker clears or sweeps is closed by its idle owner, with the cause."""
+    """If any worker clears or sweeps a handle, its idle owner closes it, with the
+    cause."""
     one, two = (Worker(name, max_entries=20, ttl=3600) for _ in range(2))
     one.do("set", "k", "cleared")
     two.do("clear")

@@ -174,7 +174,7 @@ def test_lease_keeps_an_evicted_pool_open(
 def test_closer_is_found(
     make_pools: Callable[..., ConnectionPools], ending: str
 ) -> None:
-    """Left out, the closer is what pools call their end."""
+    """If no closer is given, the pool's own method for closing is used."""
     ended = threading.Event()
     pool = type("Some", (), {ending: lambda _: ended.set()})()
     pools = make_pools(factory=lambda _: pool)
@@ -203,7 +203,8 @@ class _Async:
 def test_pool_without_an_end_is_refused(
     make_pools: Callable[..., ConnectionPools], pool: Any
 ) -> None:
-    """What nobody could close is not registered, and the error says what to do."""
+    """A pool that nobody could close is not registered, and the error says what to
+    do."""
     pools = make_pools(factory=lambda _: pool)
     with pytest.raises(TypeError, match="close="):
         pools.get("a")
@@ -243,7 +244,7 @@ def test_bad_input_changes_nothing(
 def test_failing_close_is_counted(
     make_pools: Callable[..., ConnectionPools],
 ) -> None:
-    """What a closer raises is counted, and other pools are closed all the same."""
+    """A closer that raises is counted, and other pools are closed all the same."""
 
     def close(pool: Pool) -> None:
         pool.close()

@@ -309,7 +309,7 @@ def test_handles_of_the_dead_are_not_closing_for_ever(name: str) -> None:
 
 @pytest.mark.once
 def test_promtool(make_cache: Callable[..., Cache], name: str) -> None:
-    """Prometheus's own tool finds nothing to complain of."""
+    """Prometheus's own tool finds no fault."""
     promtool = shutil.which("promtool")
     if not promtool:
         pytest.skip("promtool is not installed")

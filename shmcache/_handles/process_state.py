@@ -35,7 +35,7 @@ _numbering = itertools.count(1)
 
 
 class _Turn(NamedTuple):
-    """The thread that makes the handle of a key; the others wait for its lock."""
+    """The thread that makes the handle of a key; the others wait for the event."""
 
     thread: int
     done: threading.Event

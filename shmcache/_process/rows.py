@@ -28,9 +28,9 @@ import time
 from shmcache._format import layout as L
 from shmcache._format.fields import make_token, row_of
 
-# All rows are read at most ATTEMPTS times; the last sum is then taken as it is.  After
-# the first few times there is a pause of so many seconds in between, because rows are
-# hardly retired for so long without a break.
+# All rows are read at most ATTEMPTS times; then the last sum is taken as it is.  After
+# the first AT_ONCE times there is a pause (s) in between.  Rows are hardly ever retired
+# for so long without a break.
 ATTEMPTS = 200
 AT_ONCE = 20
 PAUSE = 0.000_1

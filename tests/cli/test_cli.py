@@ -44,14 +44,14 @@ def shmcache(*arguments: str, given: str = "") -> subprocess.CompletedProcess[st
 
 
 def result(*arguments: str, code: int = 0, given: str = "") -> str:
-    """What a command printed; it ended with this code and without a complaint."""
+    """Return what a command printed; it must end with this code and print no errors."""
     done = shmcache(*arguments, given=given)
     assert (code, "") == (done.returncode, done.stderr), done.stdout
     return done.stdout
 
 
 def complaint(*arguments: str, code: int) -> str:
-    """What a command complained of, in one line, and printed nothing else."""
+    """Return the one line of a command's error; it must print nothing else."""
     done = shmcache(*arguments)
     assert (code, "") == (done.returncode, done.stdout), done.stderr
     assert done.stderr.count("\n") == 1
@@ -102,7 +102,7 @@ def scene(new_name: Callable[[], str]) -> Iterator[dict[str, str]]:
 
 
 def test_clean_lists_before_it_asks(scene: dict[str, str]) -> None:
-    """All caches are listed with what they are, and without a yes none is removed."""
+    """All caches are listed with their state, and without a yes none is removed."""
     before = {name: names_of(name) for name in scene.values()}
     for given in ("", "n\n", "\n", "what?\n"):
         listed = result("clean", *scene.values(), code=1, given=given)
@@ -124,7 +124,7 @@ def test_clean_lists_before_it_asks(scene: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("answer", ["y\n", "--yes"])
 def test_clean_removes_what_nobody_uses(scene: dict[str, str], answer: str) -> None:
-    """With a yes, what the dead have left goes, all of it; nothing else does."""
+    """With a yes, all that dead processes have left is removed, and nothing else."""
     given = answer if answer == "y\n" else ""
     options = ["--yes"] if answer == "--yes" else []
     said = result("clean", *scene.values(), *options, given=given)
@@ -136,7 +136,7 @@ def test_clean_removes_what_nobody_uses(scene: dict[str, str], answer: str) -> N
 
 
 def test_clean_removes_persistent_ones_if_told_so(scene: dict[str, str]) -> None:
-    """What is to persist is removed with --persistent, unless it is in use."""
+    """A persistent cache is removed with --persistent, unless it is in use."""
     with Cache(scene["persistent"], max_entries=10, persist=True) as cache:
         clean(*scene.values(), "--persistent", "--yes")
         assert cache["there"] == "value"
@@ -196,9 +196,9 @@ def test_clean_leaves_what_is_just_being_made(name: str) -> None:
 
 
 def test_clean_does_not_touch_what_is_not_ours(scene: dict[str, str]) -> None:
-    """A lease file that others can open is reported, and all stays as it is."""
-    lease = Path(f"{SHM}/shmcache-{os.getuid()}-{scene['dead']}.lease")
-    lease.chmod(0o666)
+    """A lock file that others can open is reported, and all stays as it is."""
+    lock_file = Path(f"{SHM}/shmcache-{os.getuid()}-{scene['dead']}.lease")
+    lock_file.chmod(0o666)
     before = names_of(scene["dead"])
     found = clean(scene["dead"], "--yes")[scene["dead"]]
     assert "has mode 666" in found["trouble"]
@@ -208,8 +208,8 @@ def test_clean_does_not_touch_what_is_not_ours(scene: dict[str, str]) -> None:
 
 
 def test_unlink(scene: dict[str, str]) -> None:
-    """One cache goes, persistent or damaged; one in use only with --force, and who is
-    attached keeps it."""
+    """A cache that is persistent or damaged is removed.  One in use is removed only
+    with --force, and attached processes keep it."""
     for what in ("persistent", "cut", "permits"):
         assert f"removed {scene[what]}\n" == result("unlink", scene[what])
         assert names_of(scene[what]) == []
@@ -223,8 +223,8 @@ def test_unlink(scene: dict[str, str]) -> None:
 
 
 def test_check(name: str, make_cache: Callable[..., Cache]) -> None:
-    """A sound cache is said to be sound while others use it; damage is named, with
-    exit code 1; the segment is not changed by the look."""
+    """A sound cache is reported as sound while others use it; damage is named, with
+    exit code 1; the check does not change the segment."""
     cache = make_cache(name, max_entries=100, shards=2)
     for n in range(100):
         cache[n] = n
@@ -243,7 +243,7 @@ def test_check(name: str, make_cache: Callable[..., Cache]) -> None:
 
 
 def test_check_while_others_write(make_cache: Callable[..., Cache]) -> None:
-    """Of a cache that is written to, a copy of one moment is looked at."""
+    """If a cache is being written to, a copy of one moment is checked."""
     cache = make_cache(max_entries=100)
     name = cache.name
 
@@ -356,7 +356,7 @@ def test_looking_at_what_the_dead_left_changes_nothing(scene: dict[str, str]) ->
 
 
 def test_ls(scene: dict[str, str]) -> None:
-    """All caches are listed with what they are; exit code 1 tells of the damaged."""
+    """All caches are listed with their state; exit code 1 reports damaged ones."""
     listed = result("ls", *scene.values(), code=1)
     states = {line.split()[0]: line for line in listed.splitlines()}
     for what, state in (("used", " in use "), ("dead", " unused ")):
@@ -381,7 +381,7 @@ def test_ls(scene: dict[str, str]) -> None:
 
 
 def test_stats_are_those_of_the_cache(make_cache: Callable[..., Cache]) -> None:
-    """From outside the same numbers are seen as by those who are attached."""
+    """The command shows the same numbers as the cache's own stats()."""
     cache = make_cache(max_entries=20, shards=2, cleanup_interval=QUIET)
     for n in range(50):
         cache[n] = n
@@ -448,7 +448,8 @@ def test_keys_by_prefix_and_number(make_cache: Callable[..., Cache]) -> None:
 
 @pytest.mark.slow
 def test_get(make_cache: Callable[..., Cache]) -> None:
-    """A str is printed as it is, all else as Python writes it, or as JSON, or raw."""
+    """A str is printed as it is, all other values as Python writes them, or as JSON, or
+    raw."""
     cache = make_cache(max_entries=100)
     name = cache.name
     values: dict[str, tuple[Any, str, str]] = {
@@ -498,7 +499,7 @@ class Reversing:
 
 @pytest.mark.slow
 def test_codecs_that_are_not_decoded(make_cache: Callable[..., Cache]) -> None:
-    """Of a codec that is unknown, or runs code, the bytes are shown; simple values that
+    """If a codec is unknown or runs code, the bytes are shown, but simple values that
     have tags of their own are decoded; such caches can be cleared."""
     for codec, stored in (("pickle", b"\x80\x05]"), (Reversing(), b"]2 ,1[")):
         cache = make_cache(max_entries=10, codec=codec)
@@ -521,7 +522,7 @@ def test_codecs_that_are_not_decoded(make_cache: Callable[..., Cache]) -> None:
 
 
 def test_inspect(make_cache: Callable[..., Cache]) -> None:
-    """The record of a key is told as it is: sizes, times, place in the LRU order."""
+    """The command shows an entry's record: sizes, times, place in the LRU order."""
     cache = make_cache(max_entries=100, ttl=1000, cleanup_interval=QUIET)
     for n in range(10):
         cache[f"key {n}"] = b"x" * 1000
@@ -582,7 +583,8 @@ def test_handles(handles: HandleMap, make_cache: Callable[..., Cache]) -> None:
 
 
 def test_handles_of_the_dead_are_shown_as_such(name: str) -> None:
-    """What a killed owner had is listed as a dead one's until others remove it."""
+    """A killed owner's handles are listed as a dead worker's until others remove
+    them."""
 
     def use(link: Connection) -> None:
         handles = HandleMap(name, max_entries=10)
@@ -604,8 +606,8 @@ def test_handles_of_the_dead_are_shown_as_such(name: str) -> None:
 
 @pytest.mark.slow
 def test_set_and_delete(make_cache: Callable[..., Cache]) -> None:
-    """What is set is what a process of the cache finds, with its TTL; what is deleted
-    is gone; both say what they did."""
+    """A process of the cache finds a value that was set, with its TTL; a deleted key is
+    gone; both commands say what they did."""
     cache = make_cache(max_entries=100, ttl=50)
     name = cache.name
     assert 'stored "text"\n' == result("set", name, "text", "5")
@@ -636,7 +638,7 @@ def test_set_and_delete(make_cache: Callable[..., Cache]) -> None:
 
 @pytest.mark.slow
 def test_set_in_a_raw_cache(make_cache: Callable[..., Cache]) -> None:
-    """A cache of bytes gets the text's UTF-8."""
+    """In a raw cache, set stores the text as UTF-8."""
     cache = make_cache(max_entries=10, codec="raw")
     result("set", cache.name, "key", "käse")
     assert "käse".encode() == cache["key"]
@@ -644,7 +646,7 @@ def test_set_in_a_raw_cache(make_cache: Callable[..., Cache]) -> None:
 
 @pytest.mark.slow
 def test_clear(make_cache: Callable[..., Cache]) -> None:
-    """All entries go, or those with a prefix of the kind that --type says."""
+    """All entries are removed, or those with a prefix of the kind that --type says."""
     cache = make_cache(max_entries=100)
     for key in KEYS:
         cache[key] = 0
@@ -661,8 +663,8 @@ def test_clear(make_cache: Callable[..., Cache]) -> None:
 
 @pytest.mark.slow
 def test_owners_close_handles_that_are_removed(new_name: Callable[[], str]) -> None:
-    """A handle whose key is deleted, or cleared away, is closed by its owner; none can
-    be set from outside."""
+    """If the key of a handle is deleted or cleared, its owner closes the handle; no
+    handle can be set from outside."""
     closed: queue.Queue[tuple[Any, str]] = queue.Queue()
 
     def on_evict(key: Any, _: object, cause: Any) -> None:
@@ -691,8 +693,8 @@ def test_owners_close_handles_that_are_removed(new_name: Callable[[], str]) -> N
 def test_writing_to_what_the_dead_left(
     arguments: list[str], scene: dict[str, str]
 ) -> None:
-    """What crashes have left is neither used nor removed by a command that writes; what
-    is to persist is taken into use, and stays."""
+    """A command that writes neither uses nor removes what crashed processes have left;
+    a persistent cache is taken into use, and stays."""
     before = everything(scene["dead"])
     told = [scene["dead"] if a == "NAME" else a for a in arguments]
     assert "nobody uses cache" in complaint(*told, code=2)
@@ -749,8 +751,8 @@ def test_all_keys_are_listed_while_they_are_overwritten(
 def test_number_is_seen_while_it_is_overwritten(
     make_cache: Callable[..., Cache],
 ) -> None:
-    """A number is there while a writer is in the midst of overwriting it in its place,
-    with the value that is being put in, before and after each of his stores."""
+    """While a writer overwrites a number in place, the number is found after each of
+    the writer's stores, with the old or the new value."""
     cache = make_cache(max_entries=10)
     cache["counter"] = 41
     words, base = cache._attachment.words, cache._words_of(0)
@@ -789,8 +791,8 @@ def test_number_is_seen_while_it_is_overwritten(
 @pytest.mark.slow
 @pytest.mark.damaged
 def test_a_writer_who_does_not_come_out(make_cache: Callable[..., Cache]) -> None:
-    """Beside one who stands still inside a shard all can be seen, and that he is there,
-    and who waits; of one who died there, that as well."""
+    """If a writer is stuck inside a shard, all entries are shown, and also the writer
+    and those that wait for it; the same holds for a writer that died inside."""
     cache = make_cache(max_entries=100, lock_timeout=PATIENCE)
     cache["key"] = "value"
     name = cache.name
@@ -847,7 +849,7 @@ def damage_value(cache: Cache, value: bytes) -> None:
 def test_a_damaged_entry_is_told_from_the_others(
     make_cache: Callable[..., Cache],
 ) -> None:
-    """A value that is not what was written is not printed as one; exit code 1 tells."""
+    """A damaged value is not printed as a value; exit code 1 reports it."""
     cache = make_cache(max_entries=10)
     cache["good"] = b"sound value"
     cache["bad"] = b"some other value"
@@ -892,8 +894,8 @@ def test_damage_of_the_header_is_told_and_the_rest_shown(
 def test_any_bytes_are_looked_at_without_harm(
     seed: int, name: str, handles: HandleMap, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever has become of a segment's bytes, commands that look end soon with an
-    exit code of theirs, and no traceback."""
+    """Whatever bytes a segment has, read-only commands end soon with one of their exit
+    codes, and without a traceback."""
     rng = random.Random(seed)
     with Cache(f"{name}.b", max_entries=60, shards=2) as cache:
         for n in range(50):
@@ -926,8 +928,8 @@ def test_any_bytes_are_looked_at_without_harm(
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["", ".lease"])
 def test_a_pipe_in_the_place_of_a_file(name: str, end: str) -> None:
-    """Commands do not wait for somebody to write into what is no file of a cache: they
-    say what it is, and go on with the others."""
+    """Commands do not wait for a writer of a pipe that has the name of a cache's file:
+    they report it, and go on with the other caches."""
     path = f"{SHM}/shmcache-{os.getuid()}-{name}{end}"
     os.mkfifo(path, 0o600)
     try:
@@ -960,8 +962,8 @@ NAMED = {
 
 @pytest.mark.parametrize("command", NAMED)
 def test_wrong_names(command: str, name: str) -> None:
-    """A name that no cache can have, or none has, is refused in one line, and nothing
-    is left of the attempt."""
+    """A name that no cache can have, or that no cache has, is refused in one line, and
+    the attempt leaves nothing."""
     impossible = complaint(command, "a/b", *NAMED[command], code=2)
     assert "'a/b' is not 1 to 100 letters" in impossible
     missing = complaint(command, name, *NAMED[command], code=2)
@@ -972,7 +974,7 @@ def test_wrong_names(command: str, name: str) -> None:
 
 @pytest.mark.parametrize("command", NAMED)
 def test_files_that_are_not_safely_ours(command: str, name: str) -> None:
-    """A file that others can open is refused, by who it is, and stays as it is."""
+    """A file that others can open is refused, with its mode, and stays as it is."""
     place = Path(f"{SHM}/shmcache-{os.getuid()}-{name}")
     with Cache(name, max_entries=10, persist=True):
         pass

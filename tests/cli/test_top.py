@@ -172,7 +172,7 @@ def test_all_caches_are_watched(
 def test_cache_that_goes_and_comes(
     terminal: Callable[..., Terminal], name: str
 ) -> None:
-    """That a cache has gone is said, and a new one of its name is watched."""
+    """The view says that a cache has gone, and watches a new one of its name."""
     with Cache(name, max_entries=10, codec="raw"):
         top = terminal(name, "--interval", "0.1")
         top.wait_for("codec raw")
@@ -215,8 +215,8 @@ def test_without_a_terminal(make_cache: Callable[..., Cache]) -> None:
 
 
 def test_rates_are_differences_by_time(make_cache: Callable[..., Cache]) -> None:
-    """What is shown for a second is what happened between two looks by their distance,
-    by cause; in all stands what happened ever."""
+    """A rate is the difference between two looks divided by their distance in time, by
+    cause; totals count from the beginning."""
     cache = make_cache(max_entries=10)
     for n in range(10):
         cache[n] = n
@@ -272,7 +272,8 @@ def test_new_cache_of_the_name_has_no_rates(name: str) -> None:
 
 
 def test_keys_that_are_used_and_large(make_cache: Callable[..., Cache]) -> None:
-    """The keys used again and again stand first, the largest ones by size."""
+    """The keys that are used again and again come first; the largest are sorted by
+    size."""
     cache = make_cache(max_entries=200, shards=2)
     for n in range(100):
         cache[n] = b"x" * n
@@ -292,7 +293,7 @@ def test_keys_that_are_used_and_large(make_cache: Callable[..., Cache]) -> None:
 
 
 def test_workers_are_shown_with_their_memory(make_cache: Callable[..., Cache]) -> None:
-    """Each process that is attached stands there with its memory, the dead as dead."""
+    """Each attached process is shown with its memory, and dead ones as dead."""
     cache = make_cache(max_entries=10, cleanup_interval=3600)
     name = cache.name
 
@@ -320,8 +321,8 @@ def test_workers_are_shown_with_their_memory(make_cache: Callable[..., Cache]) -
 def test_handles_and_damage_can_be_watched(
     new_name: Callable[[], str], make_cache: Callable[..., Cache]
 ) -> None:
-    """Of a map of handles keys are shown without their owners; a header that makes no
-    sense is shown as trouble, beside the other caches."""
+    """The keys of a map of handles are shown without their owners; a header that makes
+    no sense is shown as damage, beside the other caches."""
     with HandleMap(new_name(), max_entries=10) as handles:
         handles["conn"] = object()
         view = _top._One(handles.name)

@@ -355,13 +355,13 @@ class TestConclusion:
         assert "75% fewer renderings, 50% less time and 25% less memory" in sentence
 
     def test_says_it_when_it_is_worse(self) -> None:
-        """More time and memory than without sharing are called just that."""
+        """If sharing costs more time and memory, the sentence says so."""
         worse = replace(FIGURES, seconds=6.0, workers_pss_bytes=110 << 20)
 
         assert "50% more time and 50% more memory" in conclusion(SEPARATE, worse)
 
     def test_does_not_make_much_of_little(self) -> None:
-        """Figures that differ by less than two runs might are called the same."""
+        """Figures that differ by less than two runs might are reported as equal."""
         alike = replace(FIGURES, seconds=3.8, workers_pss_bytes=72 << 20)
 
         assert "the same time and about the same memory" in conclusion(SEPARATE, alike)
@@ -382,7 +382,7 @@ class TestConclusion:
         assert "%" not in sentence
 
     def test_unknown_memory_is_left_out(self) -> None:
-        """Where PSS is not to be had the sentence does not speak of memory."""
+        """If PSS cannot be read, the sentence does not mention memory."""
         unknown = replace(FIGURES, workers_pss_bytes=None)
 
         assert "memory" not in conclusion(SEPARATE, unknown)

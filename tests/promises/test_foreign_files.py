@@ -120,17 +120,17 @@ def test_8_stump(left: tuple[str, Path, Path], size: int) -> None:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("which", ["segment", "lease"])
+@pytest.mark.parametrize("which", ["segment", "lock file"])
 @pytest.mark.parametrize("mode", [0o644, 0o660, 0o606, 0o777])
 def test_8_wrong_mode(left: tuple[str, Path, Path], which: str, mode: int) -> None:
     """A file that other users can open is refused."""
     name, *paths = left
-    paths[which == "lease"].chmod(mode)
+    paths[which == "lock file"].chmod(mode)
     refused(name, SegmentRefused, f"has mode {mode:o}, so others can open it")
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("which", ["segment", "lease"])
+@pytest.mark.parametrize("which", ["segment", "lock file"])
 @pytest.mark.parametrize("what", ["symlink", "dangling", "directory", "fifo", "socket"])
 def test_8_no_regular_file(
     left: tuple[str, Path, Path], tmp_path: Path, which: str, what: str
@@ -138,7 +138,7 @@ def test_8_no_regular_file(
     """Another kind of file under the name of a segment or lock file is refused; it is
     neither followed nor waited for."""
     name, *paths = left
-    path = paths[which == "lease"]
+    path = paths[which == "lock file"]
     other = tmp_path / "other"
     other.write_bytes(path.read_bytes())
     other.chmod(0o600)
@@ -159,19 +159,19 @@ def test_8_no_regular_file(
 
 @pytest.mark.once
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-@pytest.mark.parametrize("which", ["segment", "lease"])
+@pytest.mark.parametrize("which", ["segment", "lock file"])
 def test_8_another_users_file(left: tuple[str, Path, Path], which: str) -> None:
     """Another user's file under this user's name is refused, also to root."""
     name, *paths = left
-    os.chown(paths[which == "lease"], 12345, -1)
+    os.chown(paths[which == "lock file"], 12345, -1)
     refused(name, SegmentRefused, "belongs to user 12345, and we are user 0")
 
 
 @pytest.mark.once
 def test_8_refusal_leaves_no_lock_file(left: tuple[str, Path, Path]) -> None:
     """A refused foreign segment leaves no new lock file beside it."""
-    name, segment, lease = left
-    lease.unlink()
+    name, segment, lock_file = left
+    lock_file.unlink()
     segment.chmod(0o644)
     refused(name, SegmentRefused, "has mode 644")
 

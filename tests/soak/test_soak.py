@@ -81,7 +81,7 @@ def leaks(samples: list[Sample], **options: Any) -> set[str]:
 
 @pytest.mark.once
 def test_the_slope_is_the_median_over_pairs() -> None:
-    """Of a line with an outlier the slope is the line's, and tau counts the pairs."""
+    """The slope of a line with an outlier is the line's, and tau counts the pairs."""
     line: Series = [(float(t), 3.0 * t) for t in range(20)]
     assert theil_sen([line]) == (3.0, 1.0)
     bent = [*line[:10], (10.0, 1e9), *line[11:]]
@@ -290,7 +290,8 @@ def test_what_is_lost_is_found(
 def test_a_workers_row_says_what_it_has_open(
     name: str,
 ) -> None:
-    """Opened less closed is what is in the map, whose owner is this process's token."""
+    """Handles opened less handles closed are those in the map, whose owner is this
+    process."""
     closed: list[str] = []
     with HandleMap(
         name, max_entries=10, on_evict=lambda key, *_: closed.append(key)
@@ -561,7 +562,7 @@ def test_a_terminal_gets_a_live_line() -> None:
 def test_a_users_mistake_is_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What cannot be done is said at once, in one line, with code 2."""
+    """A user's mistake is reported at once, in one line, with code 2."""
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert message in said
