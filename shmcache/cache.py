@@ -197,7 +197,9 @@ class Cache(Member):
         for the name gets a new segment.
         """
         self._require_open()
-        self._attachment.unlink()
+        with mutex():
+            self._raise_if_closed()  # another thread may have been first
+            self._attachment.unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -522,9 +524,10 @@ class Cache(Member):
         """
         self._require_open()
         geometry = self._attachment.header.geometry
-        buffer = self._attachment.block.view
-        with mutex(), self._attachment.admin():
-            head = bytes(buffer[: geometry.shards_at])
+        with mutex():
+            self._raise_if_closed()  # another thread may have been first
+            with self._attachment.admin():
+                head = bytes(self._attachment.block.view[: geometry.shards_at])
         findings = _check.check_header(head)
         header = _check.read_header(head)
         for shard in range(geometry.shards):

@@ -85,8 +85,11 @@ def test_clock_in_seconds(make_cache: MakeCache) -> None:
     assert "k" not in cache
 
 
+CALLS: dict[str, Callable[[Cache], object]] = {**USES, **NO_USES}
+
+
 @pytest.mark.parametrize("sliding", [False, True])
-@pytest.mark.parametrize("operation", {**USES, **NO_USES})
+@pytest.mark.parametrize("operation", CALLS)
 def test_clock_that_raises(
     make_cache: MakeCache, operation: str, sliding: bool
 ) -> None:
@@ -99,14 +102,13 @@ def test_clock_that_raises(
             raise ZeroDivisionError
         return 1_000_000_000_000
 
-    operate = {**USES, **NO_USES}[operation]
     cache = make_cache(ttl=60, sliding=sliding, clock=clock, cleanup_interval=3600)
     cache["a"] = 1
     failures = 0
     while True:
         calls, bad_call = itertools.count(), failures
         try:
-            operate(cache)
+            CALLS[operation](cache)
         except ZeroDivisionError:
             failures += 1
         else:
