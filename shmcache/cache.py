@@ -293,12 +293,16 @@ class Cache(Member):
         check_ttl(ttl)
         check_budget(timeout, "timeout")
         me = threading.get_ident()
-        with Flight(self._in_flight(), key, me, timeout) as flight:
-            for pause in flight.pauses():
-                time.sleep(pause)
-            if flight.value is MISSING:
-                flight.value = factory()
-                self.set(key, flight.value, ttl)
+        flight = Flight(self._in_flight(), key, me, timeout)
+        try:
+            with flight:
+                for pause in flight.pauses():
+                    time.sleep(pause)
+                if flight.value is MISSING:
+                    flight.value = factory()
+                    self.set(key, flight.value, ttl)
+        finally:
+            flight.end()
         return flight.value
 
     async def _get_or_await(
@@ -311,12 +315,16 @@ class Cache(Member):
         if value is not MISSING:
             return value
         me = asyncio.current_task()
-        with Flight(self._in_flight(), key, me, None) as flight:
-            for pause in flight.pauses():
-                await asyncio.sleep(pause)
-            if flight.value is MISSING:
-                flight.value = await factory()
-                self.set(key, flight.value, ttl)
+        flight = Flight(self._in_flight(), key, me, None)
+        try:
+            with flight:
+                for pause in flight.pauses():
+                    await asyncio.sleep(pause)
+                if flight.value is MISSING:
+                    flight.value = await factory()
+                    self.set(key, flight.value, ttl)
+        finally:
+            flight.end()
         return flight.value
 
     def _in_flight(self) -> InFlightTable:
