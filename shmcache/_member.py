@@ -200,12 +200,15 @@ class Member(Engine):
             attachment.owners,
         )
 
-    def _enter_process(self) -> None:
+    def _raise_if_closed(self) -> None:
         if self.closed:
             raise CacheClosed(
                 f"cache {self.name!r} was closed in this process; make a new"
                 " Cache object to use it again"
             )
+
+    def _enter_process(self) -> None:
+        self._raise_if_closed()
         with mutex():
             if self._is_joined():
                 return  # another thread was first

@@ -211,7 +211,9 @@ class Cache(Member):
         for the name gets a new segment.
         """
         self._require_open()
-        self._attachment.unlink()
+        with mutex():
+            self._raise_if_closed()  # another thread may have been first
+            self._attachment.unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -306,12 +308,16 @@ class Cache(Member):
         check_ttl(ttl)
         check_budget(timeout, "timeout")
         me = threading.get_ident()
-        with Flight(self._in_flight(), key, me, timeout) as flight:
-            for pause in flight.pauses():
-                time.sleep(pause)
-            if flight.value is MISSING:
-                flight.value = factory()
-                self.set(key, flight.value, ttl)
+        flight = Flight(self._in_flight(), key, me, timeout)
+        try:
+            with flight:
+                for pause in flight.pauses():
+                    time.sleep(pause)
+                if flight.value is MISSING:
+                    flight.value = factory()
+                    self.set(key, flight.value, ttl)
+        finally:
+            flight.end()
         return flight.value
 
     async def _get_or_await(
@@ -324,12 +330,16 @@ class Cache(Member):
         if value is not MISSING:
             return value
         me = asyncio.current_task()
-        with Flight(self._in_flight(), key, me, None) as flight:
-            for pause in flight.pauses():
-                await asyncio.sleep(pause)
-            if flight.value is MISSING:
-                flight.value = await factory()
-                self.set(key, flight.value, ttl)
+        flight = Flight(self._in_flight(), key, me, None)
+        try:
+            with flight:
+                for pause in flight.pauses():
+                    await asyncio.sleep(pause)
+                if flight.value is MISSING:
+                    flight.value = await factory()
+                    self.set(key, flight.value, ttl)
+        finally:
+            flight.end()
         return flight.value
 
     def _in_flight(self) -> InFlightTable:
@@ -540,9 +550,10 @@ class Cache(Member):
         """
         self._require_open()
         geometry = self._attachment.header.geometry
-        buffer = self._attachment.block.view
-        with mutex(), self._attachment.admin():
-            head = bytes(buffer[: geometry.shards_at])
+        with mutex():
+            self._raise_if_closed()  # another thread may have been first
+            with self._attachment.admin():
+                head = bytes(self._attachment.block.view[: geometry.shards_at])
         findings = _check.check_header(head)
         header = _check.read_header(head)
         for shard in range(geometry.shards):

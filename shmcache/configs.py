@@ -349,13 +349,17 @@ class ConfigCache(Component):
         # reload.
         who = threading.get_ident()
         in_flight = self._configs.internals.in_flight
-        with Flight(in_flight, ("\0load", key), who, timeout) as flight:
-            for pause in flight.pauses():
-                time.sleep(pause)
-                entry = self._configs.peek(key, MISSING)
-                if entry is not MISSING and entry[0] >= asked:
-                    return entry[1]
-            value = self._load_in_turn(key, load, asked)
+        flight = Flight(in_flight, ("\0load", key), who, timeout)
+        try:
+            with flight:
+                for pause in flight.pauses():
+                    time.sleep(pause)
+                    entry = self._configs.peek(key, MISSING)
+                    if entry is not MISSING and entry[0] >= asked:
+                        return entry[1]
+                value = self._load_in_turn(key, load, asked)
+        finally:
+            flight.end()
         self._listeners.look_without_sweeper()
         return value
 

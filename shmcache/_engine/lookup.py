@@ -203,7 +203,7 @@ class Lookup(Lock):
                 return MOVED
             if checksum32 != self._checksum(data, h32, tag):
                 return UNSURE
-        if expires != NEVER and not self._is_alive(v, expires, mode):
+        if expires != NEVER and not self._is_alive(v, expires, self._now(), mode):
             return ABSENT if stuck else UNSURE
         if mode & COUNTS_AS_USE:
             self.w64[self.row + R_HITS] += 1
@@ -230,10 +230,11 @@ class Lookup(Lock):
     @cython.cfunc
     @cython.final
     @cython.exceptval(-1)
-    def _is_alive(self, v: Index, expires: Word, mode: cython.int) -> cython.bint:
+    def _is_alive(
+        self, v: Index, expires: Word, now: Word, mode: cython.int
+    ) -> cython.bint:
         # Return whether an entry with an expiry is alive.  In a sliding cache a use
-        # renews it.
-        now: Word = self._now()
+        # renews it.  The caller has asked the clock, because it may hold the lock.
         if expires <= now:
             return False
         cython.declare(ttl=cython.uint, later=Word)
@@ -307,7 +308,7 @@ class Lookup(Lock):
                 data = self._value(b, slot, h)
                 tag = tag_of(self.w32[2 * self._record(b, slot) + F_META])
             if mode & COUNTS_AS_USE:
-                self._count_lookup(b, slot)
+                self._count_lookup(b, slot, now)
         except BaseException as error:
             self._abort(s, b, error)
             raise
@@ -321,7 +322,7 @@ class Lookup(Lock):
     @cython.cfunc
     @cython.final
     @cython.exceptval(-1)
-    def _count_lookup(self, b: Index, slot: Index) -> cython.int:
+    def _count_lookup(self, b: Index, slot: Index, now: Word) -> cython.int:
         # Count a hit and use the entry, or count a miss if the slot is 0; the lock is
         # held.
         v: Index
@@ -332,5 +333,5 @@ class Lookup(Lock):
         self.w64[b + S_HITS] += 1
         self._use(b, slot)
         if self.w64[v + F64_EXPIRES] != NEVER:
-            self._is_alive(v, self.w64[v + F64_EXPIRES], COUNTS_AS_USE)
+            self._is_alive(v, self.w64[v + F64_EXPIRES], now, COUNTS_AS_USE)
         return 0

@@ -78,6 +78,7 @@ class Steps(Writes):
 
     def _is_due(self, s: int) -> bool:
         """Return whether a shard may hold something expired; this takes no lock."""
+        self._require_joined()  # another thread may have closed the cache
         due: Word = self.w64[self._base(s) + S_DUE]
         return due != 0 and self._now() >= due
 

@@ -265,7 +265,7 @@ class Writes(Lookup):
                 data = self._value(b, slot, h)
                 tag = tag_of(self.w32[2 * self._record(b, slot) + F_META])
                 version = self.w64[self._record(b, slot)]
-            self._count_lookup(b, slot)
+            self._count_lookup(b, slot, now)
         except BaseException as error:
             self._abort(s, b, error)
             raise

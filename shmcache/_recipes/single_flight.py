@@ -90,12 +90,22 @@ class Flight:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Remove the pair, unless that was done.
+
+        The caller does it once more after the ``with`` block, because an exception out
+        of a signal handler may strike before ``__exit__`` begins, or in the middle.
+        """
         flights = self._table.attachment.flights
         if flights.get(self._hash) is self:
             try:
                 self._table.release(self._shard, self._hash)
-            finally:
+            except Exception:
                 flights.pop(self._hash, None)
+                raise
+            flights.pop(self._hash, None)
 
     def pauses(self) -> Iterator[float]:
         """Yield the seconds to wait, again and again.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 
 import shmcache
+from shmcache._recipes.single_flight import Flight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -147,6 +148,24 @@ def test_factory_that_asks_for_its_own_key(cache: shmcache.Cache) -> None:
     with pytest.raises(shmcache.ReentrantCall, match=r"'k'.*use another key"):
         cache.get_or_set("k", factory)
     assert cache.get_or_set("k", lambda: 1) == 1
+
+
+@pytest.mark.parametrize("what", ["__exit__", "end"])
+def test_exception_out_of_a_signal_handler_at_the_end(
+    cache: shmcache.Cache, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """An exception that strikes when a flight is about to end, or ends, does not keep
+    anybody from computing the key later."""
+
+    def strike(*_: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Flight, what, strike)
+    with pytest.raises(KeyboardInterrupt):
+        cache.get_or_set("k", lambda: 1)
+    cache.delete("k")
+    assert cache.get_or_set("k", lambda: 2) == 2
 
 
 def test_factory_that_stores_the_key_itself(cache: shmcache.Cache) -> None:

@@ -82,6 +82,31 @@ def test_use_after_close(make_cache: MakeCache, use: str) -> None:
         CLOSED[use](cache)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        *("look by len", "look by iteration", "look by items", "look by stats"),
+        *("look by check", "look by sweep", "popitem", "clear", "unlink"),
+    ],
+)
+def test_closed_by_another_thread_at_the_start_of_a_call(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    """A call that has found the cache open raises CacheClosed if it is closed then."""
+    cache = make_cache(ttl=60)
+    cache["a"] = 1
+    require_open = cache._require_open
+
+    def require_open_then_close() -> None:
+        require_open()
+        monkeypatch.undo()
+        cache.close()
+
+    monkeypatch.setattr(cache, "_require_open", require_open_then_close)
+    with pytest.raises(shmcache.CacheClosed):
+        CLOSED[use](cache)
+
+
 def test_iteration_over_a_closed_cache(make_cache: MakeCache) -> None:
     """An iterator raises CacheClosed when the cache is closed under it."""
     cache = make_cache(max_entries=2000)

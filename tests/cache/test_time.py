@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,39 @@ def test_clock_in_seconds(make_cache: MakeCache) -> None:
     assert cache.ttl("k") == 0.25
     now[0] += 0.25
     assert "k" not in cache
+
+
+CALLS: dict[str, Callable[[Cache], object]] = {**USES, **NO_USES}
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("operation", CALLS)
+def test_clock_that_raises(
+    make_cache: MakeCache, operation: str, sliding: bool
+) -> None:
+    """Whenever the clock raises, the caller gets what it raised, and no shard has to be
+    rebuilt: the lock is not held while the clock is asked."""
+    calls, bad_call = itertools.count(), -1
+
+    def clock() -> int:
+        if next(calls) == bad_call:
+            raise ZeroDivisionError
+        return 1_000_000_000_000
+
+    cache = make_cache(ttl=60, sliding=sliding, clock=clock, cleanup_interval=3600)
+    cache["a"] = 1
+    failures = 0
+    while True:
+        calls, bad_call = itertools.count(), failures
+        try:
+            CALLS[operation](cache)
+        except ZeroDivisionError:
+            failures += 1
+        else:
+            break
+    bad_call = -1
+    assert cache.stats().recoveries == 0
+    assert cache["a"] in {1, 2, 5}
 
 
 def test_own_clock(make_cache: MakeCache) -> None:
