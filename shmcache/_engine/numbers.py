@@ -213,7 +213,6 @@ class Numbers(Mailbox):
         ttl: cython.uint = pack_ttl(ns)
         expires: Word = now + ns if ns else NEVER
         v: Index = 0
-        version: Word
         if slot:
             v = self._record(b, slot)
             if keep_expiry:
@@ -226,12 +225,14 @@ class Numbers(Mailbox):
                 and expires == self.w64[v + F64_EXPIRES]
                 and ttl == self.w32[2 * v + F_TTL]
             ):
-                version = self._begin_rewrite(
+                if cython.compiled:
+                    self._fetch_neighbours(b, slot)
+                self._begin_rewrite(
                     b, slot, data, self._checksum(data, h & MASK32, tag)
                 )
-                self._remember_use(s, b, slot, version)
-                if cython.compiled:
-                    self._fetch_neighbours(b, slot)  # the next write applies the buffer
+                # The use is applied at once.  In the recency buffer it would name this
+                # version, and the next process that adds to the number changes that.
+                self._use(b, slot)
                 self._count(b + S_GONE + REPLACED, 1)
                 self._count(b + S_SETS, 1)
                 self.w32[2 * v + F_STAMP] = self._stamp(now)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import xxhash
 from caches import MakeCache, by_age
+from peers import Peer
 
 import shmcache
+from shmcache import Cache
 from shmcache._format import layout as fmt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from multiprocessing.connection import Connection
 
     from conftest import Clock
 
@@ -234,3 +237,27 @@ def test_tokens_that_nobody_got(make_cache: MakeCache, token: int) -> None:
     cache["k"] = 1
     assert cache.cas("k", 2, token) is False
     assert cache["k"] == 1
+
+
+def test_counter_in_use_is_not_the_least_recently_used(make_cache: MakeCache) -> None:
+    """A counter that two processes increment in turns stays, however many entries they
+    store in between.
+    """
+    cache = make_cache(max_entries=20)
+
+    def take_turns(link: Connection) -> None:
+        with Cache.attach(cache.name) as mine:
+            link.send("ready")
+            while n := link.recv():
+                mine.set(("theirs", n), "page")
+                link.send(mine.incr("hits", initial=0))
+
+    peer = Peer(take_turns)
+    assert peer.hear() == "ready"
+    for n in range(1, 200):
+        cache.set(("ours", n), "page")
+        assert cache.incr("hits", initial=0) == 2 * n - 1
+        peer.say(n)
+        assert peer.hear() == 2 * n
+    peer.say(0)
+    peer.end()
