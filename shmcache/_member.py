@@ -60,6 +60,7 @@ class EngineSettings:
     ttl_ns: int  # 0: never
     jitter_ppm: int
     created_at_ns: int
+    first_sequence: int
     lock_timeout_ns: int
 
 
@@ -144,6 +145,7 @@ class Member(Engine):
                 ttl_ns=settings.ttl_ns,
                 jitter_ppm=settings.jitter_ppm,
                 created_at_ns=header.created_at_ns,
+                first_sequence=header.first_sequence,
                 lock_timeout_ns=self._timeout_ns,
             ),
             attachment.recency,

@@ -196,12 +196,17 @@ class Cache(Member):
         with mutex():
             if self.closed:
                 return
-            if self._attachment.entered() and self._attachment.words:
+            joined = self._attachment.entered() and bool(self._attachment.words)
+            if joined:
                 self._flush_quietly()
             self.closed = True
-            self._unbind()
-            self._close_semaphores()
-            self._finalizer()
+            try:
+                while joined and self._is_inside_elsewhere():
+                    time.sleep(0.000_1)
+            finally:
+                self._unbind()
+                self._close_semaphores()
+                self._finalizer()
         sweeper().forget(self)
 
     def unlink(self) -> None:
@@ -259,15 +264,22 @@ class Cache(Member):
 
         If there are several shards, it is the least recently used entry of one of them.
 
+        If the codec refuses the bytes, its exception is raised and the entry stays.
+
         Raises:
             KeyError: The cache is empty.
         """
         self._require_open()
         for shard in range(self._settings.shards):
-            found = self._pop_oldest(shard)
-            if found:
-                kind, key, tag, data = found
-                return decode_key(kind, key), decode_tagged(self._codec, tag, data)
+            pair: tuple[Any, Any] | None = None
+            decoded = 0
+            while found := self._pop_oldest(shard, decoded):
+                kind, key, tag, data, version, gone = found
+                if pair is None or version != decoded:
+                    value = decode_tagged(self._codec, tag, data)
+                    pair, decoded = (decode_key(kind, key), value), version
+                if gone:
+                    return pair
         raise KeyError("the cache is empty")
 
     def get_or_set(

@@ -35,6 +35,7 @@ S_REDO_SLOT = cython.declare(cython.Py_ssize_t, L.S_REDO_SLOT)
 S_REDO_VERSION = cython.declare(cython.Py_ssize_t, L.S_REDO_VERSION)
 S_REDO_VALUE = cython.declare(cython.Py_ssize_t, L.S_REDO_VALUE)
 S_REDO_CHECKSUM = cython.declare(cython.Py_ssize_t, L.S_REDO_CHECKSUM)
+S_IN_DOUBT = cython.declare(cython.Py_ssize_t, L.S_IN_DOUBT)
 S_HITS = cython.declare(cython.Py_ssize_t, L.S_HITS)
 S_MISSES = cython.declare(cython.Py_ssize_t, L.S_MISSES)
 S_SETS = cython.declare(cython.Py_ssize_t, L.S_SETS)
@@ -94,6 +95,7 @@ R_MISSES = cython.declare(cython.Py_ssize_t, L.R_MISSES)
 NEVER = cython.declare(cython.ulonglong, L.NEVER)
 MASK32 = cython.declare(cython.ulonglong, L.MASK32)
 MASK64 = cython.declare(cython.ulonglong, L.MASK64)
+ALL_IN_DOUBT = cython.declare(cython.ulonglong, L.ALL_IN_DOUBT)
 LONGEST_KEY = cython.declare(cython.Py_ssize_t, L.MAX_KEY)
 STAMP_SHIFT = cython.declare(cython.uint, L.STAMP_SHIFT)
 TTL_VALUE = cython.declare(cython.ulonglong, L.TTL_VALUE)
@@ -102,7 +104,9 @@ LONGEST_TTL = cython.declare(cython.ulonglong, L.MAX_TTL_NS)
 # wheel would meet an entry that is due more than one turn ahead again and again.)
 MAX_EXPIRES = cython.declare(cython.ulonglong, 1 << 62)
 # No shard lives long enough for a higher version, so one in a record is damage.
-MAX_VERSION = cython.declare(cython.ulonglong, 1 << 62)
+MAX_VERSION = cython.declare(cython.ulonglong, L.LAST_SEQUENCE << 1 | 1)
+# After damage the write sequence goes on so far ahead: no shard sees more writes.
+SEQUENCE_LEAP = cython.declare(cython.ulonglong, 1 << 40)
 EXPIRED = cython.declare(cython.Py_ssize_t, L.Cause.EXPIRED)
 CAPACITY = cython.declare(cython.Py_ssize_t, L.Cause.CAPACITY)
 DELETED = cython.declare(cython.Py_ssize_t, L.Cause.DELETED)
@@ -135,6 +139,9 @@ WANTS_VALUE = cython.declare(cython.int, 2)
 # entries whose records were prefetched costs little more than moving 64 cached ones.
 RECENCY_SIZE = 64
 RECENCY = cython.declare(cython.Py_ssize_t, RECENCY_SIZE)
+# If the buffer is full and the lock is taken, so many of the oldest hits are dropped;
+# then the lock is tried again after as many further hits.
+RECENCY_DROPPED = cython.declare(cython.Py_ssize_t, 16)
 # Each insert also removes at most this many expired entries.
 EXPIRED_PER_INSERT = cython.declare(cython.Py_ssize_t, 4)
 # A reader tries this many optimistic reads before it queues up with the writers.
@@ -147,6 +154,9 @@ LOOK_NS = cython.declare(cython.ulonglong, 25_000_000)
 # After this many looks a reader takes it that the writer inside the shard is stuck: the
 # rebuild of a shard of 100,000 entries takes less time.
 PATIENCE = cython.declare(cython.int, 4)
+# A reader beside a stuck holder walks twice, so many seconds apart, before it believes
+# "not found".  That is some ten times the length of a write section.
+STUCK_PAUSE = cython.declare(cython.double, 0.000_1)
 # Placeholder token when the dead process left HOLDER empty; no real token is so small.
 UNKNOWN = cython.declare(cython.ulonglong, 1)
 # The first byte of a value that a bare unpackb() cannot read.

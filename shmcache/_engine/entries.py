@@ -58,6 +58,7 @@ if not cython.compiled:
         S_DUE,
         S_ENTRIES,
         S_GONE,
+        S_IN_DOUBT,
         S_MAILBOX,
         S_MAILBOX_HEAD,
         S_REDO_CHECKSUM,
@@ -81,6 +82,7 @@ if not cython.compiled:
         kind_of,
         make_meta,
         make_version,
+        stamps_between,
         tag_of,
     )
 
@@ -200,10 +202,11 @@ class Entries(Wheel):
             self._log_eviction(b, r, cause)
         self._give_blocks(b, self.w32[r + F_BLOCK], need)
         self._give_slot(b, slot)
-        self.w64[b + S_ENTRIES] -= 1
+        if cause != REPLACED:  # the key stays, so the number of entries does
+            self.w64[b + S_ENTRIES] -= 1
         self.w64[b + S_GONE + cause] += 1
         if cause <= CAPACITY:
-            self._count_age(b, (self._stamp(now) - self.w32[r + F_STAMP]) & MASK32)
+            self._count_age(b, r, now)
             if not meta & META_FETCHED:
                 self.w64[b + S_UNREAD] += 1
         return 0
@@ -225,8 +228,9 @@ class Entries(Wheel):
     @cython.cfunc
     @cython.final
     @cython.exceptval(-1)
-    def _count_age(self, b: Index, age: Word) -> cython.int:
+    def _count_age(self, b: Index, r: Index, now: Word) -> cython.int:
         i: Index
+        age: Word = stamps_between(self.w32[r + F_STAMP], self._stamp(now))
         self._count(b + S_AGES, age)
         for i in range(self.age_bounds.shape[0]):
             if age <= self.age_bounds[i]:
@@ -370,6 +374,7 @@ class Entries(Wheel):
         key: bytes,
         tag: cython.uint,
         value: bytes,
+        checksum32: cython.uint,
         expires: Word,
         ttl: cython.uint,
         now: Word,
@@ -381,6 +386,7 @@ class Entries(Wheel):
         key_len: Index = len(key)
         value_len: Index = len(value)
         need: Index = self._need(key_len, value_len)
+        is_new: cython.bint = old == 0
         old = self._make_room(s, b, old, need, now)
         slot: Index = self._take_slot(b)
         first: Index = self._take_blocks(b, need)
@@ -396,7 +402,7 @@ class Entries(Wheel):
         self.w32[r + F_META] = make_meta(key_len, kind, tag)
         self.w32[r + F_TTL] = ttl
         self.w32[r + F_STAMP] = self._stamp(now)
-        self.w32[r + F_CHECKSUM] = self._checksum(value, h32, tag)
+        self.w32[r + F_CHECKSUM] = checksum32
         self.w32[r + F_WHEEL_PREV] = 0
         self.w32[r + F_WHEEL_NEXT] = 0
         sequence: Word = self.w64[b + S_SEQUENCE] + 1
@@ -411,7 +417,10 @@ class Entries(Wheel):
             self._unlink(b, old, REPLACED, now)
         # The count is stored last: len() reads it without the lock, and it must never
         # be too high.
-        self.w64[b + S_ENTRIES] += 1
+        if is_new:
+            self.w64[b + S_ENTRIES] += 1
+        elif old == 0:
+            self._put_word(b + S_IN_DOUBT, 0)
         self.w64[b + S_SETS] += 1
         return version
 
@@ -433,6 +442,8 @@ class Entries(Wheel):
             if old and need + self._blocks_of(b, old) > self.blocks:
                 # Both can never fit side by side, so for a moment the key has no
                 # record.
+                doubt: Word = self.w32[2 * self._record(b, old) + F_HASH]
+                self._put_word(b + S_IN_DOUBT, doubt | 1 << 32)
                 self._unlink(b, old, REPLACED, now)
                 old = 0
             elif not self._evict(b, now, old):

@@ -46,6 +46,7 @@ class InFlight(Steps):
         free: Index = -1
         cython.declare(at=Index, i=Index)
         result: Word = 1
+        self._require_joined()
         self._begin(s, b)
         try:
             for i in range(IN_FLIGHT):
@@ -83,6 +84,7 @@ class InFlight(Steps):
     ) -> cython.int:
         b: Index = self._base(s)
         cython.declare(at=Index, i=Index)
+        self._require_joined()
         self._begin(s, b)
         for i in range(IN_FLIGHT):
             at = b + S_IN_FLIGHT + 2 * i

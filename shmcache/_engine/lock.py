@@ -142,6 +142,8 @@ class Lock(Rebuild):
     waiting: cython.int  # compiled: threads of this process that sleep on a semaphore
     inside: dict  # interpreted: threads that use a semaphore, and of which shard
     owners: Any  # interpreted: shard -> the thread that holds its lock
+    # ACQUISITIONS of each shard when its holder was last found to be stuck.
+    stuck: cython.ulonglong[::1]
     lock_timeout: Word  # ns
     lock_bounds: cython.ulonglong[::1]  # of the histogram, in ns
     random: Word
@@ -193,8 +195,40 @@ class Lock(Rebuild):
         self.random = seed | 1
         # Threads that waited belong to the parent process, and do not run here.
         self.waiting = 0
+        self.hashing = 0
         self.inside = {}
         self.token = token
+        self.visit = seed
+
+    def _is_inside_elsewhere(self) -> bool:
+        """Return whether another thread of this process holds a lock by this object.
+
+        ``close()`` waits until it has left, which takes no longer than a write section.
+        A lock that this very thread holds, because a signal handler closes the cache
+        that it has interrupted, is given back.  The process must have joined.
+        """
+        if cython.compiled:
+            # A holder lets other threads run only while it hashes a large value.
+            self.guard = memoryview(array("Q", [1]))  # no operation begins any more
+            return self.hashing > 0
+        me = get_ident()
+        for s, owner in list(self.owners.items()):
+            if self.w64[self._base(s) + S_HOLDER] != self.token:
+                continue
+            if owner == me:
+                self._leave_interrupted(s)
+            elif self.peers.runs_engine(owner, self):
+                return True
+        return False
+
+    def _leave_interrupted(self, s: int) -> None:
+        # Give back the lock of a section that a signal handler of this thread has
+        # interrupted (interpreted only), if the section is one of this object.
+        if self.peers.runs_engine(get_ident(), self):
+            b = self._base(s)
+            if self.w64[b + S_SEQ] & 1:
+                self._rebuild_and_log(s, b, 0)
+            self._release(s, b)
 
     def _unbind(self) -> None:
         """Let go of the views, so that the mapping can be closed.
@@ -258,7 +292,8 @@ class Lock(Rebuild):
         # Leave the write section after an exception.  If that was damage (an index out
         # of bounds, or a number that an interpreted view cannot hold), it becomes
         # SegmentCorrupt.
-        self._require_joined()  # CacheClosed if another thread closed the cache
+        if self.token == 0:
+            self._require_joined()  # the views have gone: CacheClosed
         damage: cython.bint = isinstance(error, IndexError) or (
             not cython.compiled
             and type(error) is ValueError
@@ -397,6 +432,7 @@ class Lock(Rebuild):
                     return True
                 looks = looks + 1 if acquisitions == last_acquisitions and holder else 0
                 if not patient and looks == PATIENCE:
+                    self.stuck[s] = acquisitions
                     return False
                 last_holder = holder
                 last_acquisitions = acquisitions
@@ -407,6 +443,18 @@ class Lock(Rebuild):
                 raise LockTimeout(
                     self.peers.describe_wait(s, holder, monotonic_ns() - started)
                 )
+
+    @cython.cfunc
+    @cython.final
+    @cython.exceptval(-1)
+    def _is_stuck(self, s: Index, b: Index) -> cython.bint:
+        # Return whether the holder is the one that was found to be stuck before, so
+        # that a reader need not wait to find that out again.
+        return (
+            self.stuck[s] != 0
+            and self.stuck[s] == self.w64[b + S_ACQUISITIONS]
+            and self.w64[b + S_HOLDER] != 0
+        )
 
     @cython.cfunc
     @cython.final

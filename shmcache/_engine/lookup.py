@@ -9,9 +9,12 @@ copy is of one live entry, whatever happened to other entries meanwhile.  "Not f
 holds only if the shard's SEQ was even and is unchanged.
 
 After a few vain attempts the reader takes the lock like a writer, unless the writer
-inside the shard is alive but stuck (it was stopped, or the host is overloaded).  Then
-nothing in the shard changes, so an entry that a walk finds is there, and one that it
-does not find is absent.
+inside the shard is alive but stuck: it was stopped, or the host is overloaded.  Then
+``_read_stuck`` reads what the stuck writer has left.  A writer leaves everything else
+as it was, and what it was about to do is known: an entry whose version it has cleared
+has gone; a number that it overwrites in place has the value of the redo record; and a
+key that has no record for a moment, as in a rebuild, is named by IN_DOUBT.  Of such a
+key the reader says nothing: it waits for the lock, and in the end raises LockTimeout.
 
 Death in the middle: readers write only ``expires`` of sliding entries to the shard, by
 one compare-and-swap.
@@ -19,6 +22,7 @@ one compare-and-swap.
 The interpreted engine has no memory fences, so it takes the lock for every read.
 """
 
+from time import sleep
 from typing import TYPE_CHECKING, Any
 
 from msgpack import unpackb
@@ -30,6 +34,7 @@ else:
 
 if not cython.compiled:
     from shmcache._engine.constants import (
+        ALL_IN_DOUBT,
         ATTEMPTS,
         BYTES_TAG,
         CODEC_TAG,
@@ -39,25 +44,41 @@ if not cython.compiled:
         F_CHAIN,
         F_CHECKSUM,
         F_HASH,
+        F_LRU_PREV,
         F_META,
         F_TTL,
         F_VALUE_LEN,
         MASK32,
+        META_FETCHED,
         META_KEY,
         NEVER,
         R_HITS,
         R_MISSES,
         RECENCY,
+        RECENCY_DROPPED,
         RICH_BYTE,
         S_HITS,
+        S_IN_DOUBT,
         S_MISSES,
+        S_REDO_CHECKSUM,
+        S_REDO_SLOT,
+        S_REDO_VALUE,
+        S_REDO_VERSION,
         S_SEQ,
+        STUCK_PAUSE,
         WANTS_VALUE,
         Index,
         Word,
     )
     from shmcache._engine.lock import Lock
-    from shmcache._engine.words import ABSENT, MOVED, UNSURE, key_bytes, unpack_ttl
+    from shmcache._engine.words import (
+        ABSENT,
+        MOVED,
+        UNSURE,
+        bytes_of,
+        key_bytes,
+        unpack_ttl,
+    )
     from shmcache._format.fields import is_live, make_meta, tag_of
     from shmcache._format.values import decode_tagged
 
@@ -79,12 +100,11 @@ class Lookup(Lock):
     @cython.final
     def _lookup(self, key: Any, mode: cython.int) -> Any:
         # Return the value of a key (True if the value is not wanted), or ABSENT.
-        self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
         if cython.compiled:
-            return self._read_optimistic(s, b, h, kind, kb, mode, False)
+            return self._read_optimistic(s, b, h, kind, kb, mode)
         return self._read_locked(s, b, h, kind, kb, mode)
 
     # --- without the lock -----------------------------------------------------------
@@ -99,24 +119,19 @@ class Lookup(Lock):
         kind: cython.uint,
         kb: bytes,
         mode: cython.int,
-        stuck: cython.bint,
     ) -> Any:
         # Read under the lock only if the shard is too busy, if the entry has expired
-        # and must be removed, or if there is damage.  ``stuck`` says that the lock
-        # cannot be taken because its holder is stuck; then an expired entry counts as
-        # absent, and the result may be UNSURE.
+        # and must be removed, or if there is damage.
         cython.declare(_attempt=cython.int, slot=Index, version=Word)
         try:
             for _attempt in range(ATTEMPTS):
-                slot, version = self._walk_optimistic(b, h & MASK32, kind, kb, stuck)
+                slot, version = self._walk_optimistic(b, h & MASK32, kind, kb)
                 if slot == 0:
                     if mode & COUNTS_AS_USE:
                         self.w64[self.row + R_MISSES] += 1
                     return ABSENT
                 if slot > 0:
-                    value = self._take_copy(
-                        s, b, h & MASK32, kb, slot, version, mode, stuck
-                    )
+                    value = self._take_copy(s, b, h & MASK32, kb, slot, version, mode)
                     if value is UNSURE:
                         break
                     if value is not MOVED:
@@ -125,15 +140,13 @@ class Lookup(Lock):
                     pause()
         except IndexError:
             self._require_joined()  # another thread may have closed the cache
-        if stuck:
-            return UNSURE
         return self._read_locked(s, b, h, kind, kb, mode)
 
     @cython.cfunc
     @cython.final
     @cython.inline
     def _walk_optimistic(
-        self, b: Index, h32: Word, kind: cython.uint, kb: bytes, stuck: cython.bint
+        self, b: Index, h32: Word, kind: cython.uint, kb: bytes
     ) -> tuple[Index, Word]:
         # Return the slot of a key and the version of its record.  Slot 0 means that the
         # key is certainly absent, and -1 that this walk cannot tell.
@@ -162,7 +175,7 @@ class Lookup(Lock):
             if steps > self.slots:
                 return -1, 0
         self._read_fence()
-        if (stuck or seq & 1 == 0) and seq == self._get_word(b + S_SEQ):
+        if seq & 1 == 0 and seq == self._get_word(b + S_SEQ):
             return 0, 0
         return -1, 0
 
@@ -178,7 +191,6 @@ class Lookup(Lock):
         slot: Index,
         version: Word,
         mode: cython.int,
-        stuck: cython.bint,
     ) -> Any:
         # Return what _lookup returns for the entry in a slot.  Return MOVED if its
         # version has changed, and UNSURE if the caller must read under the lock.
@@ -204,10 +216,10 @@ class Lookup(Lock):
             if checksum32 != self._checksum(data, h32, tag):
                 return UNSURE
         if expires != NEVER and not self._is_alive(v, expires, self._now(), mode):
-            return ABSENT if stuck else UNSURE
+            return UNSURE
         if mode & COUNTS_AS_USE:
             self.w64[self.row + R_HITS] += 1
-            self._remember_use(s, b, slot, version)
+            self._remember_use(s, b, slot, h32)
         if not mode & WANTS_VALUE:
             return True
         if tag == CODEC_TAG:
@@ -253,15 +265,20 @@ class Lookup(Lock):
     @cython.cfunc
     @cython.final
     @cython.exceptval(-1)
-    def _remember_use(
-        self, s: Index, b: Index, slot: Index, version: Word
-    ) -> cython.int:
+    def _remember_use(self, s: Index, b: Index, slot: Index, h32: Word) -> cython.int:
         # Put a hit into the recency buffer.  A full buffer is applied if the lock is
-        # free; else its older half is dropped.
+        # free; else its oldest part is dropped.
         at: Index = s * RECENCY
         n: Index = self.recent_count[s]
+        r: Index = 2 * self._record(b, slot)
         i: Index
-        if n and self.recent_version[at + n - 1] == version:
+        if (
+            n == 0
+            and self.w32[r + F_LRU_PREV] == 0
+            and self.w32[r + F_META] & META_FETCHED
+        ):
+            # It is the most recently used entry already.  So processes that read one
+            # key all the time do not take its lock again and again.
             return 0
         if n == RECENCY:
             if self._try_acquire(s, b):
@@ -269,12 +286,16 @@ class Lookup(Lock):
                 self._end(s, b)
                 n = 0
             else:
-                n = RECENCY // 2
+                n = RECENCY - RECENCY_DROPPED
                 for i in range(n):
-                    self.recent_slot[at + i] = self.recent_slot[at + n + i]
-                    self.recent_version[at + i] = self.recent_version[at + n + i]
+                    self.recent_slot[at + i] = self.recent_slot[
+                        at + RECENCY_DROPPED + i
+                    ]
+                    self.recent_hash[at + i] = self.recent_hash[
+                        at + RECENCY_DROPPED + i
+                    ]
         self.recent_slot[at + n] = slot
-        self.recent_version[at + n] = version
+        self.recent_hash[at + n] = cython.cast(cython.uint, h32)
         self.recent_count[s] = n + 1
         return 0
 
@@ -296,8 +317,14 @@ class Lookup(Lock):
         data: bytes = b""
         tag: cython.uint = 0
         slot: Index
-        if not self._try_acquire(s, b) and not self._wait(s, b, False):
-            value = self._read_optimistic(s, b, h, kind, kb, mode, True)
+        h = self._hash(kb, kind)  # the clock may have forked, into a new segment
+        if not self._try_acquire(s, b) and (
+            self._is_stuck(s, b) or not self._wait(s, b, False)
+        ):
+            if not cython.compiled:
+                # A use would renew a sliding entry, which needs compare-and-swap here.
+                mode &= ~COUNTS_AS_USE
+            value = self._read_stuck(s, b, h, kind, kb, mode)
             if value is not UNSURE:
                 return value
             self._wait(s, b, True)
@@ -335,3 +362,88 @@ class Lookup(Lock):
         if self.w64[v + F64_EXPIRES] != NEVER:
             self._is_alive(v, self.w64[v + F64_EXPIRES], now, COUNTS_AS_USE)
         return 0
+
+    # --- beside a stuck holder ------------------------------------------------------
+
+    @cython.cfunc
+    @cython.final
+    def _read_stuck(
+        self,
+        s: Index,
+        b: Index,
+        h: Word,
+        kind: cython.uint,
+        kb: bytes,
+        mode: cython.int,
+    ) -> Any:
+        # Do the same as _read_locked while the holder of the lock is stuck, or return
+        # UNSURE.  The holder may go on at any moment, so an entry counts only if its
+        # version is the same after the copy, and "not found" only if a second walk,
+        # some time later, finds nothing either and SEQ has not changed: a section of
+        # the holder ends within that time, if the holder runs.
+        seq: Word = self._get_word(b + S_SEQ)
+        _walk: cython.int
+        try:
+            for _walk in range(2):
+                slot: Index = self._find(b, h & MASK32, kind, kb)
+                if slot:
+                    value = self._copy_stuck(s, b, h & MASK32, kb, slot, mode)
+                    if value is not ABSENT:
+                        return value
+                if self._is_in_doubt(b, h & MASK32):
+                    return UNSURE
+                sleep(STUCK_PAUSE)
+            self._read_fence()
+            if seq != self._get_word(b + S_SEQ):
+                return UNSURE
+        except IndexError:
+            self._require_joined()
+            return UNSURE
+        if mode & COUNTS_AS_USE:
+            self.w64[self.row + R_MISSES] += 1
+        return ABSENT
+
+    @cython.cfunc
+    @cython.final
+    def _copy_stuck(
+        self, s: Index, b: Index, h32: Word, kb: bytes, slot: Index, mode: cython.int
+    ) -> Any:
+        # Return what _lookup returns for the record that a chain names, of which only
+        # the hash and the key are known to be right.
+        v: Index = self._record(b, slot)
+        version: Word = self._get_word(v)
+        if is_live(version):
+            value = self._take_copy(s, b, h32, kb, slot, version, mode)
+            if value is not UNSURE:
+                return UNSURE if value is MOVED else value
+            expires: Word = self.w64[v + F64_EXPIRES]
+            self._read_fence()
+            if expires <= self._now() and version == self._get_word(v):
+                return ABSENT
+            return UNSURE
+        if self._get_word(b + S_REDO_SLOT) != cython.cast(Word, slot):
+            return ABSENT  # its version was cleared, because it goes
+        # A number is being overwritten in place.
+        redo: Word = self.w64[b + S_REDO_VERSION]
+        data: bytes = bytes_of(self.w64[b + S_REDO_VALUE])
+        tag: cython.uint = tag_of(self.w32[2 * v + F_META])
+        expires = self.w64[v + F64_EXPIRES]
+        if self.w64[b + S_REDO_CHECKSUM] != self._checksum(data, h32, tag):
+            return UNSURE
+        self._read_fence()
+        if version != self._get_word(v) or version + 1 != redo:
+            return UNSURE
+        if expires != NEVER and not self._is_alive(v, expires, self._now(), mode):
+            return ABSENT
+        if mode & COUNTS_AS_USE:
+            self.w64[self.row + R_HITS] += 1
+            self._remember_use(s, b, slot, h32)
+        return decode_tagged(self.codec, tag, data) if mode & WANTS_VALUE else True
+
+    @cython.cfunc
+    @cython.final
+    @cython.exceptval(-1)
+    def _is_in_doubt(self, b: Index, h32: Word) -> cython.bint:
+        # Return whether a live key of this hash may have no record just now.
+        doubt: Word = self._get_word(b + S_IN_DOUBT)
+        return doubt != 0 and (doubt == ALL_IN_DOUBT or doubt & MASK32 == h32)

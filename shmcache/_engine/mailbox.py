@@ -87,11 +87,13 @@ class Mailbox(InFlight):
         Returns:
             Whether the entry was there and was removed.
         """
-        self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
+        visit: Word = self.visit
         now: Word = self._now()
+        if visit != self.visit:
+            kind, h, s, b = self._place(key, kb)
         data: bytes
         mine: cython.bint = False
         slot: Index

@@ -112,23 +112,28 @@ class Numbers(Mailbox):
     @cython.final
     def _add(self, key: Any, delta: Any, initial: Any, ttl: Any) -> Any:
         # Add to a number, and return the sum; see incr in operations.py.
-        self._require_joined()
         self._require_numbers(delta, initial)
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
+        visit: Word = self.visit
         if cython.compiled:
             self._fetch_record(b, h & MASK32)
         ns: Word = self._shorten(self._ttl(ttl))
         number = None if initial is None else initial + delta
         data = None if number is None else number_bytes(number)
         now: Word = self._now()
+        if visit != self.visit:
+            kind, h, s, b = self._place(key, kb)
         slot: Index
         self._require_fits(s, b, len(kb), 8)
         self._begin(s, b)
         try:
             slot = self._find_live(b, h, kind, kb, now)
             if slot:
+                if cython.compiled:
+                    # They will be needed when the number has been dealt with.
+                    self._fetch_neighbours(b, slot)
                 number = self._number_at(b, slot, h)
                 data = None
                 if number is not None:
@@ -210,6 +215,7 @@ class Numbers(Mailbox):
         # Store a number in place of the one in the slot, or as a new entry if the slot
         # is 0.
         tag: cython.uint = INT_TAG if type(number) is int else FLOAT_TAG
+        checksum32: cython.uint = self._checksum(data, h & MASK32, tag)
         ttl: cython.uint = pack_ttl(ns)
         expires: Word = now + ns if ns else NEVER
         v: Index = 0
@@ -225,17 +231,13 @@ class Numbers(Mailbox):
                 and expires == self.w64[v + F64_EXPIRES]
                 and ttl == self.w32[2 * v + F_TTL]
             ):
-                if cython.compiled:
-                    self._fetch_neighbours(b, slot)
-                self._begin_rewrite(
-                    b, slot, data, self._checksum(data, h & MASK32, tag)
-                )
-                # The use is applied at once.  In the recency buffer it would name this
-                # version, and the next process that adds to the number changes that.
+                self._begin_rewrite(b, slot, data, checksum32)
                 self._use(b, slot)
                 self._count(b + S_GONE + REPLACED, 1)
                 self._count(b + S_SETS, 1)
                 self.w32[2 * v + F_STAMP] = self._stamp(now)
                 return 0
-        self._store(s, b, slot, h, kind, kb, tag, data, expires, ttl, now)
+        self._store(
+            s, b, slot, h, kind, kb, tag, data, checksum32, expires, ttl, now
+        )
         return 0

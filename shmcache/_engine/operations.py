@@ -76,6 +76,7 @@ class Engine(Numbers):
         self.default_ttl = settings.ttl_ns
         self.jitter = settings.jitter_ppm
         self.stamp_zero = settings.created_at_ns
+        self.first_sequence = settings.first_sequence
         self.lock_timeout = settings.lock_timeout_ns
         self.lock_bounds = memoryview(
             array("Q", [round(bound * 1e9) for bound in L.LOCK_BOUNDS])
@@ -93,7 +94,9 @@ class Engine(Numbers):
         self.sems = memoryview(array("Q"))
         self.opened = []
         self.waiting = 0
+        self.hashing = 0
         self.inside = {}
+        self.stuck = memoryview(array("Q", bytes(8 * geometry.shards)))
 
     def _is_joined(self) -> bool:
         """Return whether this process may go ahead without ``peers.enter``."""
@@ -144,7 +147,8 @@ class Engine(Numbers):
     def gets(self, key: Any) -> tuple:
         """Return ``(value, token)`` for ``cas``, or ``(None, None)`` if absent.  O(1).
 
-        The token stands for this version of the entry, and never for another one.
+        The token stands for this version of the entry, and never for another one, also
+        in a segment that takes the place of this one.  The tokens of one key grow.
         """
         return self._read_versioned(key)
 
@@ -278,11 +282,11 @@ class Engine(Numbers):
 
     def delete(self, key: Any) -> bool:
         """Remove an entry; return whether it was there.  O(1)."""
-        return self._take(key, False) is not ABSENT
+        return self._remove(key)
 
     def __delitem__(self, key: Any) -> None:
         """Remove an entry, as ``delete`` does, or raise KeyError.  O(1)."""
-        if self._take(key, False) is ABSENT:
+        if not self._remove(key):
             raise KeyError(key)
 
     def delete_many(self, keys: Any) -> int:
@@ -290,7 +294,7 @@ class Engine(Numbers):
         self._require_joined()
         count = 0
         for key in keys:
-            if self._take(key, False) is not ABSENT:
+            if self._remove(key):
                 count += 1
         return count
 
@@ -298,9 +302,10 @@ class Engine(Numbers):
         """Remove an entry and return its value.  O(1).
 
         If several processes pop one key, only one gets the value.  If the key is
-        absent, ``default`` is returned; without a default, KeyError is raised.
+        absent, ``default`` is returned; without a default, KeyError is raised.  If the
+        codec refuses the bytes, its exception is raised and the entry stays.
         """
-        value = self._take(key, True)
+        value = self._take(key)
         if value is ABSENT:
             if default is MISSING:
                 raise KeyError(key)

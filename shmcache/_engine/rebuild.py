@@ -28,6 +28,7 @@ else:
 
 if not cython.compiled:
     from shmcache._engine.constants import (
+        ALL_IN_DOUBT,
         CAPACITY,
         CAUSES,
         EXPIRED,
@@ -52,6 +53,7 @@ if not cython.compiled:
         META_KNOWN,
         NEVER,
         ROWS,
+        SEQUENCE_LEAP,
         S_ACQUISITIONS,
         S_BLOCKS_USED,
         S_COUNTERS,
@@ -64,6 +66,7 @@ if not cython.compiled:
         S_FRESH_BLOCK,
         S_FRESH_SLOT,
         S_GONE,
+        S_IN_DOUBT,
         S_IN_FLIGHT,
         S_MAILBOX_HEAD,
         S_SEQUENCE,
@@ -77,7 +80,7 @@ if not cython.compiled:
         Word,
     )
     from shmcache._engine.entries import Entries
-    from shmcache._engine.words import pack_ttl, unpack_ttl
+    from shmcache._engine.words import monotonic, pack_ttl, unpack_ttl
     from shmcache._format.fields import (
         generation_of,
         is_live,
@@ -114,6 +117,8 @@ class Examined:
 class Rebuild(Entries):
     """Rebuilds the shard whose lock is held."""
 
+    first_sequence: Word  # the write sequence that each shard began with
+
     @cython.cfunc
     @cython.final
     @cython.exceptval(-1)
@@ -122,8 +127,10 @@ class Rebuild(Entries):
         # Python code, so it is not asked now, and the wheel starts from 0 instead: a
         # wheel in the past catches up by itself, while one in the future would not.
         seen: Examined = Examined(
-            self.slots, self.blocks, self._now() if self.clock is None else 0
+            self.slots, self.blocks, monotonic() if self.clock is None else 0
         )
+        # From here on a live key may be missing from the lists.
+        self._put_word(b + S_IN_DOUBT, ALL_IN_DOUBT)
         self._clean_counters(b)
         self._redo(b)
         self._examine(b, seen)
@@ -139,6 +146,7 @@ class Rebuild(Entries):
             # its handles with the map.
             self._count(b + S_MAILBOX_HEAD, MAILBOX_SIZE + 1)
         self._count(b + S_DROPPED, seen.dropped)
+        self._put_word(b + S_IN_DOUBT, 0)
         return seen.dropped
 
     @cython.cfunc
@@ -178,7 +186,7 @@ class Rebuild(Entries):
         # Find the sound records, and give up the damaged ones.  This is safe, because
         # no reader accepts a damaged record as an entry.
         fresh: Index = 0
-        sequence: Word = 0
+        sequence: Word = self.first_sequence
         cython.declare(slot=Index, v=Index)
         for slot in range(1, self.slots + 1):
             v = self._record(b, slot)
@@ -195,8 +203,10 @@ class Rebuild(Entries):
                 else:
                     self._put_word(v, self.w64[v] - 1)
                     seen.dropped += 1
-        if not sequence <= self.w64[b + S_SEQUENCE] <= MAX_VERSION:
-            self.w64[b + S_SEQUENCE] = sequence
+        if not sequence <= self.w64[b + S_SEQUENCE] <= MAX_VERSION >> 1:
+            # The versions of entries that have gone are not known any more.  The leap
+            # keeps them from being given out again.
+            self.w64[b + S_SEQUENCE] = sequence + SEQUENCE_LEAP
         self.w64[b + S_FRESH_SLOT] = fresh
         return 0
 

@@ -16,6 +16,7 @@ else:
 if not cython.compiled:
     from shmcache._engine.constants import (
         CLEARED,
+        CODEC_TAG,
         DELETED,
         EXPIRED,
         F64_EXPIRES,
@@ -27,7 +28,6 @@ if not cython.compiled:
         F_STAMP,
         S_DUE,
         S_ENTRIES,
-        S_HOLDER,
         S_SEQ,
         Index,
         Word,
@@ -202,11 +202,18 @@ class Steps(Writes):
             return False
         return self._copy_out(b, self.w32[2 * v + F_BLOCK], 0, n) == prefix
 
-    def _pop_oldest(self, s: int) -> Any:
+    def _pop_oldest(self, s: int, decoded: int) -> Any:
         """Take the least recently used live entry of a shard.
 
+        What only the codec can decode goes at a second call, as in ``_take``.
+
+        Args:
+            s: The shard.
+            decoded: The version whose value the caller has decoded; 0: none.
+
         Returns:
-            Kind, key bytes, tag and value bytes; None if the shard is empty.
+            Kind, key bytes, tag, value bytes, version, and whether the entry has been
+            removed; None if the shard is empty.
         """
         now: Word = self._now()
         b: Index = self._base(s)
@@ -214,6 +221,8 @@ class Steps(Writes):
         data: bytes = b""
         meta: cython.uint = 0
         slot: Index = 0
+        version: Word = 0
+        goes: cython.bint = False
         v: Index
         self._begin(s, b)
         try:
@@ -228,7 +237,10 @@ class Steps(Writes):
                 meta = self.w32[2 * v + F_META]
                 key = self._key(b, v)
                 data = self._value(b, slot, self.w32[2 * v + F_HASH])
-                self._unlink(b, slot, DELETED, now)
+                version = self.w64[v]
+                goes = tag_of(meta) != CODEC_TAG or version == decoded
+                if goes:
+                    self._unlink(b, slot, DELETED, now)
                 break
         except BaseException as error:
             self._abort(s, b, error)
@@ -236,12 +248,13 @@ class Steps(Writes):
         self._end(s, b)
         if slot == 0:
             return None
-        return kind_of(meta), key, tag_of(meta), data
+        return kind_of(meta), key, tag_of(meta), data, version, goes
 
     def _rebuild_shard(self, s: int) -> int:
         """Rebuild a shard from its records; return how many entries were given up."""
         b: Index = self._base(s)
         dropped: Index = 0
+        self._require_joined()
         self._acquire(s, b)
         try:
             self._put_word(b + S_SEQ, self.w64[b + S_SEQ] + 1)
@@ -258,6 +271,7 @@ class Steps(Writes):
         data: bytes = b""
         at: Index = 8 * b + first
         n: Index = last - first
+        self._require_joined()
         self._acquire(s, b)
         try:
             if cython.compiled:
@@ -267,10 +281,7 @@ class Steps(Writes):
             else:
                 data = bytes(self.mem[at : at + n])
         finally:
-            self._put_word(b + S_HOLDER, 0)
-            self._post(s)
-        if self.has_news:
-            self._report()
+            self._release(s, b)
         return data
 
     def _key_hash(self, key: Any) -> Any:

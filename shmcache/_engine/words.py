@@ -180,6 +180,16 @@ def bytes_of(word: Word) -> bytes:
     return word.to_bytes(8, sys.byteorder)
 
 
+@cython.cfunc
+@cython.inline
+@cython.exceptval(-1)
+def monotonic() -> Word:
+    # Return CLOCK_MONOTONIC in ns.
+    if cython.compiled:
+        return now_ns()
+    return monotonic_ns()
+
+
 @cython.cclass
 class Words:
     """The views of one segment, its geometry, and the settings of one cache."""
@@ -207,6 +217,8 @@ class Words:
     stamp_zero: Word  # ns of the cache's clock at creation
     seed: Word
     clock: Any
+    visit: Word  # a random number of each time that this object joins a segment
+    hashing: cython.int  # compiled: threads that let others run while they hash
     # The engine asks it about the processes around it: see _process/peers.py.
     peers: Any
     if cython.compiled:
@@ -256,11 +268,17 @@ class Words:
     @cython.inline
     @cython.exceptval(-1)
     def _now(self) -> Word:
+        # Return the time by the cache's clock.  It is the last Python code of an
+        # operation: codec and clock have run when it returns.  They may have closed the
+        # cache or forked, so this process joins again; ``visit`` tells that it did.  No
+        # caller holds a lock.
+        now: Word
         if self.clock is not None:
-            return self.clock()
-        if cython.compiled:
-            return now_ns()
-        return monotonic_ns()
+            now = self.clock()
+            self._require_joined()
+            return now
+        self._require_joined()
+        return monotonic()
 
     # --- where things are -----------------------------------------------------------
 
@@ -282,7 +300,9 @@ class Words:
     @cython.inline
     def _place(self, key: Any, kb: bytes) -> tuple[cython.uint, Word, Index, Index]:
         # Return the kind and hash of a key, the number of its shard, and the shard's
-        # first word.
+        # first word.  Python code that ran when ``kb`` was made may have closed the
+        # cache, or forked, so this is where an operation joins.
+        self._require_joined()
         kind: cython.uint = key_kind(key)
         h: Word = self._hash(kb, kind)
         s: Index = shard_of(h, self.shards)
@@ -507,6 +527,10 @@ class Words:
             if n <= XXH3_MAX:
                 total ^= checksum(PyBytes_AS_STRING(value), n)
             elif CHECKSUMS:
-                total ^= xxh3_64_intdigest(value)
+                self.hashing += 1
+                try:
+                    total ^= xxh3_64_intdigest(value)
+                finally:
+                    self.hashing -= 1
             return cython.cast(cython.uint, total & MASK32)
         return L.checksum(value, h & MASK32, tag)

@@ -22,6 +22,7 @@ if not cython.compiled:
         ANY,
         BYTES_TAG,
         CAS,
+        CODEC_TAG,
         DELETED,
         EXPIRED_PER_INSERT,
         F64_EXPIRES,
@@ -139,10 +140,10 @@ class Writes(Lookup):
     ) -> Word:
         # Store a value, and return the new version, or 0 if the mode forbids it.  For
         # CAS, ``token`` is the version that the entry must have.
-        self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
+        visit: Word = self.visit
         if cython.compiled:
             self._fetch_record(b, h & MASK32)
         ns: Word = self._shorten(self._ttl(ttl))
@@ -156,6 +157,9 @@ class Writes(Lookup):
             tag = pair[0]
             data = pair[1]
         now: Word = self._now()
+        if visit != self.visit:
+            kind, h, s, b = self._place(key, kb)
+        checksum32: cython.uint = self._checksum(data, h & MASK32, tag)
         expires: Word = now + ns if ns else NEVER
         version: Word = 0
         slot: Index
@@ -172,7 +176,18 @@ class Writes(Lookup):
                 or (mode == CAS and slot and self.w64[self._record(b, slot)] == token)
             ):
                 version = self._store(
-                    s, b, slot, h, kind, kb, tag, data, expires, pack_ttl(ns), now
+                    s,
+                    b,
+                    slot,
+                    h,
+                    kind,
+                    kb,
+                    tag,
+                    data,
+                    checksum32,
+                    expires,
+                    pack_ttl(ns),
+                    now,
                 )
         except BaseException as error:
             self._abort(s, b, error)
@@ -182,33 +197,69 @@ class Writes(Lookup):
 
     @cython.cfunc
     @cython.final
-    def _take(self, key: Any, want: cython.bint) -> Any:
-        # Remove an entry, and return its value (True if it is not wanted), or ABSENT.
-        self._require_joined()
+    @cython.exceptval(-1)
+    def _remove(self, key: Any) -> cython.bint:
+        # Remove an entry, and return whether it was there.
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
+        visit: Word = self.visit
         if cython.compiled:
             self._fetch_record(b, h & MASK32)
         now: Word = self._now()
-        data: bytes = b""
-        tag: cython.uint = 0
+        if visit != self.visit:
+            kind, h, s, b = self._place(key, kb)
         slot: Index
         self._begin(s, b)
         try:
             slot = self._find_live(b, h, kind, kb, now)
             if slot:
-                if want:
-                    data = self._value(b, slot, h)
-                    tag = tag_of(self.w32[2 * self._record(b, slot) + F_META])
                 self._unlink(b, slot, DELETED, now)
         except BaseException as error:
             self._abort(s, b, error)
             raise
         self._end(s, b)
-        if slot == 0:
-            return ABSENT
-        return decode_tagged(self.codec, tag, data) if want else True
+        return slot != 0
+
+    @cython.cfunc
+    @cython.final
+    def _take(self, key: Any) -> Any:
+        # Remove an entry, and return its value, or ABSENT.  The codec may refuse the
+        # bytes, and then the entry must stay.  So what only the codec can decode is
+        # removed at a second visit, if it still has the version that was decoded.
+        kb: bytes = key_bytes(key)
+        cython.declare(kind=cython.uint, h=Word, s=Index, b=Index, slot=Index)
+        now: Word
+        value: Any = ABSENT
+        data: bytes = b""
+        tag: cython.uint = 0
+        version: Word = 0
+        decoded: Word = 0
+        goes: cython.bint = False
+        while not goes:
+            now = self._now()
+            kind, h, s, b = self._place(key, kb)
+            self._begin(s, b)
+            try:
+                slot = self._find_live(b, h, kind, kb, now)
+                if slot:
+                    version = self.w64[self._record(b, slot)]
+                    tag = tag_of(self.w32[2 * self._record(b, slot) + F_META])
+                    if version != decoded:
+                        data = self._value(b, slot, h)
+                    goes = tag != CODEC_TAG or version == decoded
+                    if goes:
+                        self._unlink(b, slot, DELETED, now)
+            except BaseException as error:
+                self._abort(s, b, error)
+                raise
+            self._end(s, b)
+            if slot == 0:
+                return ABSENT
+            if version != decoded:
+                value = decode_tagged(self.codec, tag, data)
+                decoded = version
+        return value
 
     @cython.cfunc
     @cython.final
@@ -216,14 +267,16 @@ class Writes(Lookup):
     def _renew_ttl(self, key: Any, ttl: Any) -> cython.bint:
         # Give an entry a new time to live, which is a use, too.  Return whether it was
         # there.
-        self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
+        visit: Word = self.visit
         if cython.compiled:
             self._fetch_record(b, h & MASK32)
         ns: Word = self._shorten(self._ttl(ttl))
         now: Word = self._now()
+        if visit != self.visit:
+            kind, h, s, b = self._place(key, kb)
         cython.declare(v=Index, slot=Index)
         self._begin(s, b)
         try:
@@ -231,8 +284,11 @@ class Writes(Lookup):
             if slot:
                 v = self._record(b, slot)
                 self._wheel_remove(b, slot)
-                self._put_word(v + F64_EXPIRES, now + ns if ns else NEVER)
+                # A reader that renews a sliding entry reads the expiry, then the TTL,
+                # and replaces the expiry if it has not changed.  The TTL is stored
+                # first, so a reader of the new expiry never renews by the old TTL.
                 self.w32[2 * v + F_TTL] = pack_ttl(ns)
+                self._put_word(v + F64_EXPIRES, now + ns if ns else NEVER)
                 if ns:
                     self._wheel_insert(b, slot, now + ns, now)
                 self._use(b, slot)
@@ -247,13 +303,15 @@ class Writes(Lookup):
     def _read_versioned(self, key: Any) -> tuple:
         # Use an entry, and return its value and version, or (None, None) if it is
         # absent.
-        self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
+        visit: Word = self.visit
         if cython.compiled:
             self._fetch_record(b, h & MASK32)
         now: Word = self._now()
+        if visit != self.visit:
+            kind, h, s, b = self._place(key, kb)
         data: bytes = b""
         tag: cython.uint = 0
         version: Word = 0
@@ -279,7 +337,6 @@ class Writes(Lookup):
     @cython.exceptval(-1)
     def _expiry(self, key: Any) -> Word:
         # Return when an entry expires (ns, or NEVER), or 0 if it is absent.
-        self._require_joined()
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)

@@ -537,6 +537,9 @@ def _check_counts(s: _Reader) -> None:
     # A holder that leaves has finished to overwrite a number in place.
     if words[fmt.S_REDO_SLOT]:
         s.say(f"a number of slot {words[fmt.S_REDO_SLOT]} is being overwritten")
+    # A holder that leaves has put every live key into its chain.
+    if words[fmt.S_IN_DOUBT]:
+        s.say(f"in doubt is {words[fmt.S_IN_DOUBT]:#x}, but nobody writes")
     # A slot that was never used holds no entry.
     beyond = [slot for slot in s.live if slot > s.fresh_slot]
     if beyond:
@@ -544,7 +547,7 @@ def _check_counts(s: _Reader) -> None:
 
 
 def _check_counters(s: _Reader) -> None:
-    # Acquisitions and sequence count up from zero, like the counters.
+    # Acquisitions and sequence only count up, like the counters.
     counters = range(fmt.S_COUNTERS, fmt.S_COUNTERS_END)
     for n in (fmt.S_ACQUISITIONS, fmt.S_SEQUENCE, *counters):
         if s.words[n] >= _COUNTER_END:

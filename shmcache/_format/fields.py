@@ -77,6 +77,24 @@ def is_live(version: cython.ulonglong) -> cython.bint:
     return version & 1
 
 
+# --- stamp: a time in units of 2**STAMP_SHIFT ns, of which 32 bits are kept --------
+
+
+@cython.cfunc
+@cython.inline
+@cython.exceptval(check=False)
+def stamps_between(stamp: cython.uint, now: cython.uint) -> cython.ulonglong:
+    """Return how much later ``now`` is than ``stamp``; 0 if it is earlier.
+
+    It is earlier if a process read the clock, waited for a lock, and then met an entry
+    that was stored meanwhile, or if the clock was set back.
+    """
+    later: cython.ulonglong = (
+        cython.cast(cython.ulonglong, now) - cython.cast(cython.ulonglong, stamp)
+    ) & 0xFFFF_FFFF
+    return 0 if later >> 31 else later
+
+
 # --- token of a worker: generation << 16 | row + 1 --------------------------------
 
 

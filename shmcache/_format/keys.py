@@ -100,7 +100,8 @@ def _encode_tuple(key: Any, path: list) -> bytes:
             " use a flatter key"
         )
     parts: list = []
-    for index, element in enumerate(key):
+    # A subclass may define __iter__; its items are what is compared.
+    for index, element in enumerate(tuple.__iter__(key)):
         path.append(index)
         kind, data = _encode_key(element, path)
         path.pop()

@@ -17,8 +17,8 @@ file consists of page-aligned pieces, each a whole number of 64-byte lines::
             +...     links        u32[blocks + 1]     next block of a run, 0 = end
             +...     arena        block_size x (blocks + 1)
 
-Slots and blocks are numbered from 1, and 0 means "none".  So a zero-filled segment is a
-valid empty one, and creating one takes a few stores, however large it is.  Record 0 is
+Slots and blocks are numbered from 1, and 0 means "none".  So a zero-filled shard is a
+valid empty one, and creating a segment takes a few stores, however large it is.  Record 0 is
 the sentinel of the LRU ring: its ``next`` is the most recently used entry, its ``prev``
 the least recently used.
 
@@ -143,7 +143,9 @@ S_SEQ = 0  # seqlock: odd while a writer is inside
 S_HOLDER = 1  # token of the worker inside, 0 = none
 S_ACQUISITIONS = 2  # how often the lock was taken: tells a waiter that others progress
 # The lock guards all words from here on.
-S_SEQUENCE = 8  # number of the last write: a record's version is sequence << 1 | live
+# The number of the last write, which begins with the time of creation in units of 2 ns;
+# a record's version is sequence << 1 | live.
+S_SEQUENCE = 8
 S_ENTRIES = 9
 S_BLOCKS_USED = 10
 S_FREE_SLOT = 11  # head of the list of slots that were used and are free
@@ -158,6 +160,10 @@ S_REDO_SLOT = 17  # 0 = none
 S_REDO_VERSION = 18
 S_REDO_VALUE = 19  # its eight bytes
 S_REDO_CHECKSUM = 20
+# A key may have no record for a moment although it is not absent: 1 << 32 | low half of
+# its hash, while it is overwritten and both records do not fit; ALL_IN_DOUBT in a
+# rebuild; 0 = none.  It concerns readers that do not wait for a writer that is stopped.
+S_IN_DOUBT = 21
 # From here on there are counters.
 S_HITS = 24  # hits of the interpreted engine, which reads under the lock
 S_MISSES = 25
@@ -236,6 +242,8 @@ STAMP_SHIFT = 26  # a stamp counts units of 2**26 ns, 67 ms: 32 bits last nine y
 
 MASK32 = 0xFFFF_FFFF
 MASK64 = 0xFFFF_FFFF_FFFF_FFFF
+ALL_IN_DOUBT = MASK64  # a value of S_IN_DOUBT
+LAST_SEQUENCE = (1 << 61) - 1  # a write sequence begins with the time, in units of 2 ns
 
 
 # The name of the codec of a segment that holds handles.  Its values begin with the

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmcache._engine import HandleCodec, MsgpackCodec, decode_key, decode_tagged
 from shmcache._format import layout as L
-from shmcache._format.fields import generation_of, row_of
+from shmcache._format.fields import generation_of, row_of, stamps_between
 from shmcache._format.seqlock import stable_read
 from shmcache._observe.records import Entry, RecordReader
 from shmcache._process.attachment import of_this_process
@@ -214,8 +214,8 @@ class Segment(RecordReader):
     def age(self, entry: Entry) -> float:
         """Return the seconds since an entry was written, to within 0.07 s."""
         now = (self.now() - self.header.created_at_ns) >> L.STAMP_SHIFT
-        age = (now - entry.stamp) & L.MASK32
-        return 0.0 if age >> 31 else (age << L.STAMP_SHIFT) / 1e9
+        age = stamps_between(entry.stamp, now & L.MASK32)
+        return (age << L.STAMP_SHIFT) / 1e9
 
     def left(self, entry: Entry) -> float | None:
         """Return the seconds until an entry expires, or None if it never does."""

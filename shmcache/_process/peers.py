@@ -62,15 +62,28 @@ class Peers:
         frame = sys._current_frames().get(owner or 0)  # noqa: SLF001
         return not any(map(_in_engine, _frames(frame)))
 
+    def runs_engine(self, thread: int, engine: object) -> bool:
+        """Return whether a thread of this process is inside an operation of an engine.
+
+        Args:
+            thread: The thread's identity.  The call that this thread is making now does
+                not count, but one that it has interrupted does.
+            engine: The engine, which is not compiled.
+        """
+        frames = _frames(sys._current_frames().get(thread))  # noqa: SLF001
+        if thread == threading.get_ident():
+            frames = _callers(frames)
+        return any(
+            _in_engine(frame) and frame.f_locals.get("self") is engine
+            for frame in frames
+        )
+
     def check_reentry(self, shard: int) -> None:
         """Raise ReentrantCall if this thread waits for a lock that it holds itself."""
         if self._attachment.owners.get(shard) != threading.get_ident():
             return
         frames = _frames(sys._getframe())  # noqa: SLF001
-        for frame in frames:
-            if not frame.f_globals.get("__name__", "").startswith("shmcache."):
-                break
-        if any(map(_in_engine, frames)):
+        if any(map(_in_engine, _callers(frames))):
             raise ReentrantCall(
                 f"cache {self._name!r} was called from a signal handler, or a"
                 " finalizer, that interrupted an operation on the same shard; note the"
@@ -163,7 +176,7 @@ def _what_happened(dead: int, pid: int) -> str:
     if not dead:
         return "damage was met"
     if not generation_of(dead):  # the placeholder for a holder that did not sign
-        return "a process died taking or giving back its lock"
+        return "its lock was lost by a process that died, or was stopped, taking it"
     return f"process {pid or 'unknown'} died holding its lock"
 
 
@@ -171,6 +184,14 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _callers(frames: Iterator[FrameType]) -> Iterator[FrameType]:
+    # Skip the frames of the call into this package that is being made.
+    for frame in frames:
+        if not frame.f_globals.get("__name__", "").startswith("shmcache."):
+            break
+    return frames
 
 
 def _in_engine(frame: FrameType) -> bool:

@@ -39,6 +39,12 @@ class Header:
     created_at_ns: int  # the cache's clock
     lock_inode: int  # inode of the lock file
 
+    @property
+    def first_sequence(self) -> int:
+        """The write sequence that each shard began with; see ``write_header``."""
+        # A damaged time must leave room to count on.
+        return min(self.created_wall_ns >> 1, L.LAST_SEQUENCE // 4 * 3)
+
 
 # --- writing ----------------------------------------------------------------------
 
@@ -47,6 +53,12 @@ def write_header(
     buffer: memoryview, names: Names, settings: Settings, lock_inode: int, now: int
 ) -> None:
     """Write the header of a new segment; the caller holds the admin lock.
+
+    The write sequences of the shards begin with the time of creation, in units of 2 ns,
+    so that they go on growing if a segment takes the place of another one: a version,
+    which is also the token of ``gets``, is never given out again.  (No shard sees a
+    write every 2 ns, so a later segment begins with a higher number than its
+    predecessor has reached.)
 
     Args:
         buffer: The segment, filled with zeros.
@@ -61,11 +73,12 @@ def write_header(
     geometry = settings.geometry
     words = buffer.cast("Q")
     flags = L.FLAG_PERSIST * settings.persist | L.FLAG_SLIDING * settings.sliding
+    created = time.time_ns()
     for word, value in {
         L.H_FORMAT: L.FORMAT,
         L.H_SIZE: geometry.size,
         L.H_SEED: int.from_bytes(os.urandom(8)),
-        L.H_CREATED_WALL: time.time_ns(),
+        L.H_CREATED_WALL: created,
         L.H_CREATED_AT: now,
         L.H_SHARDS: geometry.shards,
         L.H_SLOTS: geometry.slots,
@@ -82,6 +95,8 @@ def write_header(
         L.H_LOCK_INODE: lock_inode,
     }.items():
         words[word] = value
+    for shard in range(geometry.shards):
+        words[geometry.shard_at(shard) + L.S_SEQUENCE] = created >> 1
     _put_text(buffer, L.CODEC_AT, L.CODEC_SIZE, settings.codec)
     _put_text(buffer, L.NAME_AT, L.NAME_SIZE, names.cache)
     # This is stored last: from now on the segment counts as complete.

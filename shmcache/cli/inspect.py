@@ -323,7 +323,7 @@ def _record(segment: Segment, entry: Entry) -> dict[str, Any]:
         "slot": entry.slot,
         "lru_position": ring.index(entry.slot) if ring and entry.slot in ring else None,
         "lru_length": len(ring) if ring is not None else None,
-        "write": sequence_of(entry.version),
+        "write": sequence_of(entry.version) - segment.header.first_sequence,
         "hash": f"{entry.hash:#010x}",
         "checksum": f"{entry.checksum:#010x}",
         "damage": entry.damage,

@@ -912,7 +912,7 @@ def test_close_while_another_thread_waits_for_the_lock(name: str) -> None:
         # right moment.
         cache = Cache(name)
         cache["a"] = 1
-        cache._pop_oldest(0)
+        cache._pop_oldest(0, 0)
         words = cache._attachment.words
         holder = cache._words_of(0) + L.S_HOLDER
         semaphore = posix_semaphore(cache)

@@ -53,8 +53,9 @@ SPARE_PERMITS = amount(200_000, 200_000, interpreted=(3_000, 3_000))
 INCREMENTS = amount(2_000, 10_000, interpreted=(300, 1_000))
 READS = amount(60_000, 250_000, interpreted=(8_000, 25_000))
 
-# --- sweeps: every n-th point at which a process dies, or is struck -------------
+# --- sweeps: every n-th point at which a process dies, is stopped, or is struck --
 EVERY_DEATH = amount(6, 1, interpreted=(30, 1))
+EVERY_STOP = amount(20, 2, interpreted=(40, 4))
 EVERY_STRIKE = amount(7, 1)
 
 # --- histories ------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The fault-injection rig: processes that die right before their n-th step.
+"""The fault-injection rig: processes that die, or stop, right before their n-th step.
 
 A step is a store into the segment, or a call on a semaphore.  The rig runs the
 interpreted engine, whose word views and semaphores can be replaced by ones that
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,14 +51,17 @@ class Clock:
 class Fuse:
     """The steps that a process has left; it counts the steps taken in shared words."""
 
-    def __init__(self, left: int, report: memoryview) -> None:
+    def __init__(self, left: int, report: memoryview, *, stops: bool = False) -> None:
         self._left = left
         self._report = report  # words: steps taken, token, what it was doing
+        self._stops = stops
 
     def burn(self) -> None:
-        """Take a step, or die right before it."""
+        """Take a step, or die, or be stopped once, right before it."""
         if self._left == 0:
-            os._exit(DEAD)
+            if not self._stops:
+                os._exit(DEAD)
+            os.kill(os.getpid(), signal.SIGSTOP)
         self._left -= 1
         self._report[0] += 1
 
@@ -701,10 +705,11 @@ def handle_child(
 
 
 def child(
-    cache: shmcache.Cache, clock: Clock, name: str, steps: int, report: memoryview
+    cache: shmcache.Cache, clock: Clock, order: dict[str, Any], report: memoryview
 ) -> None:
-    """Do what a scenario says, up to the step at which to die."""
-    fuse = Fuse(steps, report)
+    """Do what a scenario says, up to the step at which to die or stop."""
+    fuse = Fuse(order["steps"], report, stops="stop" in order)
+    name = order["scenario"]
     keys = Keys(cache)
     if name == "attach":
         light(cache, fuse)  # the scenario is about the row itself
@@ -722,8 +727,26 @@ def mortal_child(cache_name: str, name: str, steps: int, report: memoryview) -> 
     sys.settrace(None)
 
 
+def answer(pid: int, report: memoryview) -> None:
+    """Wait until a child has ended or stopped, and print what became of it."""
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    stopped = os.WIFSTOPPED(status)
+    facts = {
+        "pid": pid,
+        "code": 0 if stopped else os.waitstatus_to_exitcode(status),
+        "steps": report[0],
+        "token": report[1],
+        "stopped": stopped,
+    }
+    print(json.dumps(facts), flush=True)
+
+
 def zygote(cache_name: str, mode: str) -> None:
-    """Serve orders: {"scenario", "steps", "now"}, until the input ends."""
+    """Serve orders until the input ends.
+
+    An order is {"scenario", "steps", "now"}, with "stop" if the child is not to die; or
+    {"signal"} for the child that was stopped.
+    """
     assert not shmcache.compiled
     clock = Clock()
     cache = handles = None
@@ -734,9 +757,14 @@ def zygote(cache_name: str, mode: str) -> None:
             cache_name, lock_timeout=1.0, clock=clock if mode == "timed" else None
         )
     report = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
+    pid = 0
     print(json.dumps({"ready": os.getpid()}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
+        if "signal" in order:
+            os.kill(pid, order["signal"])
+            answer(pid, report)
+            continue
         clock.ns = order["now"]
         report[0] = report[1] = 0
         pid = os.fork()
@@ -746,7 +774,7 @@ def zygote(cache_name: str, mode: str) -> None:
                 if handles:
                     handle_child(handles, order["scenario"], order["steps"], report)
                 elif cache:
-                    child(cache, clock, order["scenario"], order["steps"], report)
+                    child(cache, clock, order, report)
                 else:
                     mortal_child(cache_name, order["scenario"], order["steps"], report)
                 code = 0
@@ -755,14 +783,7 @@ def zygote(cache_name: str, mode: str) -> None:
             finally:
                 sys.stderr.flush()
                 os._exit(code)
-        _, status = os.waitpid(pid, 0)
-        answer = {
-            "pid": pid,
-            "code": os.waitstatus_to_exitcode(status),
-            "steps": report[0],
-            "token": report[1],
-        }
-        print(json.dumps(answer), flush=True)
+        answer(pid, report)
     for attached in (cache, handles):
         if attached:
             attached.close()
