@@ -24,7 +24,6 @@ tests ``closed``, and close() does the reverse, so one of them sees the other.  
 holder clears HOLDER before it posts, so that the next one finds it free.
 """
 
-import gc
 import os
 from array import array
 from threading import get_ident
@@ -147,7 +146,9 @@ class Lock(Rebuild):
     lock_timeout: Word  # ns
     lock_bounds: cython.ulonglong[::1]  # of the histogram, in ns
     random: Word
-    repair_log: Any  # what _rebuild_and_log has noted for peers.report
+    # A flat list of what _rebuild_and_log has noted for peers.report: shard, token,
+    # whether lists were rebuilt, entries dropped, and ns, of each repair.
+    repair_log: list
 
     # --- coming and going of a cache ------------------------------------------------
 
@@ -577,8 +578,6 @@ class Lock(Rebuild):
         started: Word = monotonic_ns()
         torn: cython.bint = self.w64[b + S_SEQ] & 1
         dropped: Index = 0
-        collecting: cython.bint = gc.isenabled()
-        gc.disable()  # no finalizers may run while the lock is held
         try:
             if not torn and not dead:
                 self._put_word(b + S_SEQ, self.w64[b + S_SEQ] + 1)
@@ -587,15 +586,13 @@ class Lock(Rebuild):
                 dropped = self._rebuild(b)
                 self._put_word(b + S_SEQ, self.w64[b + S_SEQ] + 1)
             self._count(b + S_RECOVERIES, 1)
-            self.repair_log.append((s, dead, torn, dropped, monotonic_ns() - started))
+            for fact in (s, dead, torn, dropped, monotonic_ns() - started):
+                self.repair_log.append(fact)
             self.has_news = True
         except BaseException:
             # There was no memory.  SEQ stays odd, so the next holder rebuilds.
             self._release(s, b)
             raise
-        finally:
-            if collecting:
-                gc.enable()
         return 0
 
     def _release_left(self, frame: Any) -> None:
@@ -622,12 +619,13 @@ class Lock(Rebuild):
     def _report(self) -> cython.int:
         # Pass on the logs that were written while a lock was held; it has been given
         # back.
-        repairs, self.repair_log = self.repair_log, []
+        repairs: list = self.repair_log
         evictions: list = self.evicted_log
+        self.repair_log = []
         self.evicted_log = []
         self.has_news = False
         self.peers.report(
-            repairs,
+            [tuple(repairs[i : i + 5]) for i in range(0, len(repairs) - 4, 5)],
             [
                 (evictions[i], kind_of(evictions[i + 1]), evictions[i + 2])
                 for i in range(0, len(evictions) - 2, 3)

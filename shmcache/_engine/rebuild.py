@@ -14,10 +14,10 @@ are changed, and the next rebuild derives the lists again.  The ring is linked f
 most recently used entry on, each link in place of the old one, so that a second rebuild
 finds the same order.
 
-The caller holds the lock, and has switched the garbage collector off, because a rebuild
-allocates objects.
+The caller holds the lock.
 """
 
+import gc
 from array import array
 from typing import TYPE_CHECKING
 
@@ -123,9 +123,23 @@ class Rebuild(Entries):
     @cython.final
     @cython.exceptval(-1)
     def _rebuild(self, b: Index) -> Index:
-        # Rebuild a shard, and return how many entries were given up.  A user's clock is
-        # Python code, so it is not asked now, and the wheel starts from 0 instead: a
-        # wheel in the past catches up by itself, while one in the future would not.
+        # Rebuild a shard, and return how many entries were given up.  This allocates
+        # objects, and the collector would run finalizers while the lock is held.
+        collecting: cython.bint = gc.isenabled()
+        gc.disable()
+        try:
+            return self._rebuild_from_records(b)
+        finally:
+            if collecting:
+                gc.enable()
+
+    @cython.cfunc
+    @cython.final
+    @cython.exceptval(-1)
+    def _rebuild_from_records(self, b: Index) -> Index:
+        # A user's clock is Python code, so it is not asked now, and the wheel starts
+        # from 0 instead: a wheel in the past catches up by itself, while one in the
+        # future would not.
         seen: Examined = Examined(
             self.slots, self.blocks, monotonic() if self.clock is None else 0
         )
