@@ -79,6 +79,9 @@ class Conductor:
         self.processes = processes
         self.pids: dict[int, int] = {}  # of each slot in use
         self.stopped = 0  # the pid of the process that is stopped
+        self.since = 0.0  # when it was stopped
+        self.owed = 0.0  # s; for how long processes were stopped of late
+        self.deadline = 0.0  # when the round is long enough
         slots = 2 * processes
         self.hearing, verdict = os.pipe()
         born = time.monotonic_ns()
@@ -107,13 +110,14 @@ class Conductor:
     def play(self, seconds: float) -> None:
         """Let the storm rage for so long, and compare."""
         signal.signal(signal.SIGALRM, lambda *_: self.release())
+        self.deadline = time.monotonic() + seconds
         try:
             for key in self.stage.scene.lasting:
                 self.cache[key] = 0 if key[0] == "n" else self.eye.value(key)
             if self.stage.scene.acts:
-                self.rage(time.monotonic() + seconds)
+                self.rage()
             else:
-                self.keep_one_in_use(time.monotonic() + seconds)
+                self.keep_one_in_use()
             self.compare()
         finally:
             self.end_all()
@@ -130,7 +134,7 @@ class Conductor:
         ours = f"shmcache-{os.getuid()}-{self.stage.name}"
         return entry == ours or entry.startswith((f"{ours}.", f"sem.{ours}."))
 
-    def rage(self, deadline: float) -> None:
+    def rage(self) -> None:
         """Disturb the processes until the time is over, at least some times."""
         for slot in range(self.processes):
             self.start(slot)
@@ -138,9 +142,11 @@ class Conductor:
         if self.stage.scene.kills:
             acts |= {self.kill_one: 5, self.kill_the_stopped: 1, self.stop_the_heir: 2}
         turns = 0
-        while turns < 4 or time.monotonic() < deadline:
+        while turns < 4 or time.monotonic() < self.deadline:
             turns += 1
-            time.sleep(self.random.expovariate(1 / 0.002))
+            # Processes run at least as long as they stand still.
+            time.sleep(self.owed + self.random.expovariate(1 / 0.002))
+            self.owed = 0.0
             self.listen()
             self.random.choices(list(acts), list(acts.values()))[0]()
             faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)
@@ -256,7 +262,7 @@ class Conductor:
             del self.pids[slot]
             self.listen()
             raise Violation(f"process {slot} has ended by itself: {status}")
-        self.stopped = pid
+        self.stopped, self.since = pid, time.monotonic()
         self.events["stops"] += 1
         # Whatever the conductor waits for meanwhile, it goes on after a while.
         signal.setitimer(signal.ITIMER_REAL, LONGEST_STOP)
@@ -267,6 +273,7 @@ class Conductor:
         if self.stopped:
             os.kill(self.stopped, signal.SIGCONT)
             self.events["revivals"] += 1
+            self.owed += time.monotonic() - self.since
             self.stopped = 0
 
     def stop_inside(self, attempts: int) -> int | None:
@@ -305,6 +312,8 @@ class Conductor:
             if self.stop_inside(5) is not None:
                 self.look()
             self.release()
+            if self.owed > 0.2 or time.monotonic() > self.deadline:
+                return
 
     def stop_for_a_while(self) -> None:
         """Stop a process, inside or elsewhere, and let the others run against it."""
@@ -398,7 +407,7 @@ class Conductor:
                 " was added and popped"
             )
 
-    def keep_one_in_use(self, deadline: float) -> None:
+    def keep_one_in_use(self) -> None:
         """Flood a small cache, while another process only reads a key, in turns."""
         key = "hot"
         self.cache[key] = self.eye.value(key)
@@ -414,7 +423,7 @@ class Conductor:
         self.pids[0] = pid
         turns = 0
         try:
-            while turns < 8 or time.monotonic() < deadline:
+            while turns < 8 or time.monotonic() < self.deadline:
                 os.write(asking[1], b"!")
                 while not select.select([answering[0]], [], [], 0.1)[0]:
                     self.listen()
@@ -449,10 +458,10 @@ def storm(options: argparse.Namespace) -> Counter[str]:
                 scene, options.name, options.processes, seeds.getrandbits(64), events
             )
             conductor.play(share)
-        except Violation as violation:
+        except (Violation, shmcache.ShmCacheError) as error:
             raise Violation(
-                f"scene {scene!r}, seed {options.seed}: {violation}"
-            ) from None
+                f"scene {scene!r}, seed {options.seed}: {type(error).__name__}: {error}"
+            ) from error
     return events
 
 
