@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from zlib import crc32
 
+import shmcache
+
 
 class Violation(Exception):
     """The cache has broken one of its promises."""
@@ -95,6 +97,7 @@ class Scene:
         kills: Whether processes are killed; otherwise they are only stopped.
         largest: The largest filling, as a part of a shard's room.
         fixed: Whether the number of entries never changes.
+        filled: How many entries there are that nobody ever uses.
     """
 
     settings: dict[str, Any]
@@ -105,6 +108,7 @@ class Scene:
     kills: bool = True
     largest: float = 0.98
     fixed: bool = False
+    filled: int = 0
 
 
 def _keys(kind: str, number: int) -> tuple[str, ...]:
@@ -149,6 +153,17 @@ SCENES: dict[str, Scene] = {
         roomy=True,
         largest=1 / 100,
         fixed=True,
+    ),
+    # Whoever takes over from a dead process rebuilds for so long that it can be stopped
+    # meanwhile.
+    "long rebuilds": Scene(
+        {"max_entries": 30_000 if shmcache.compiled else 800, "shards": 1},
+        {"hammer": 3, "overwrite": 1, "look_at_lasting": 1, "look_at_idle": 1},
+        lasting=_keys("e", LASTING),
+        looks=("look_at_idle", "look_at_lasting"),
+        roomy=True,
+        largest=1 / 300,
+        filled=20_000 if shmcache.compiled else 500,
     ),
     "numbers": Scene(
         {"max_entries": 100, "shards": 1},

@@ -31,6 +31,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import NoReturn
 
 from fuzz_scenes import (
@@ -112,6 +113,8 @@ class Conductor:
         signal.signal(signal.SIGALRM, lambda *_: self.release())
         self.deadline = time.monotonic() + seconds
         try:
+            for number in range(self.stage.scene.filled):
+                self.cache[f"f{number}"] = number
             for key in self.stage.scene.lasting:
                 self.cache[key] = 0 if key[0] == "n" else self.eye.value(key)
             if self.stage.scene.acts:
@@ -140,7 +143,9 @@ class Conductor:
             self.start(slot)
         acts = {self.glimpse: 12, self.stop_for_a_while: 2, self.fork: 1, self.check: 1}
         if self.stage.scene.kills:
-            acts |= {self.kill_one: 5, self.kill_the_stopped: 1, self.stop_the_heir: 2}
+            heirs = 20 if self.stage.scene.filled else 2
+            acts |= {self.kill_one: 5, self.kill_the_stopped: 1}
+            acts |= {self.stop_the_heir: heirs}
         turns = 0
         while turns < 4 or time.monotonic() < self.deadline:
             turns += 1
@@ -214,9 +219,12 @@ class Conductor:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for pid in self.pids.values():
             os.kill(pid, signal.SIGKILL)
-        for pid in self.pids.values():
-            os.waitpid(pid, 0)
         self.pids.clear()
+        # One that was just being forked is not known yet; it ends by itself.
+        self.ledger.ending[0] = 1
+        with suppress(ChildProcessError):
+            while True:
+                os.waitpid(-1, 0)
 
     # --- what happens to them ---------------------------------------------------------
 
@@ -322,7 +330,7 @@ class Conductor:
         if not self.stopped:
             self.stop(self.random.choice(list(self.pids)))
         self.look()
-        time.sleep(self.random.choice([0.001, 0.08, 0.15]))
+        time.sleep(self.random.choice([0.001, 0.08, 0.15, 0.25]))
         self.listen()
         self.release()
 
@@ -342,9 +350,17 @@ class Conductor:
         if slot is None:
             return
         self.kill(slot)
-        if self.stop_inside(50) is not None:
+        heirs: list[int] = []
+        deadline = time.monotonic() + 0.1
+        while not heirs and time.monotonic() < deadline:
+            heirs = self.holders()
+        if heirs:
+            # Somewhere in the rebuild, which takes about so long for each entry.
+            each = 5e-8 if shmcache.compiled else 1e-4
+            time.sleep(self.random.random() * self.stage.scene.filled * each)
+            self.stop(heirs[0])
             self.look()
-        self.release()
+            self.release()
         self.replace(slot)
 
     def fork(self) -> None:

@@ -376,6 +376,13 @@ class Worker:
             else:
                 self.look_at_one(key)
 
+    def look_at_idle(self) -> None:
+        """Look at a key that is always there, without using it."""
+        number = self.random.randrange(self.scene.filled)
+        value = self.cache.peek(f"f{number}")
+        if value != number:
+            raise Violation(f"f{number}: found {value!r}, though never changed")
+
     def look_at_one(self, key: str) -> None:
         """Judge one of them, and compare numbers with the ledger."""
         tally = int(key[1:]) + (CHAIN_TALLY if key[0] == "c" else 0)
