@@ -474,9 +474,14 @@ def storm(options: argparse.Namespace) -> Counter[str]:
                 scene, options.name, options.processes, seeds.getrandbits(64), events
             )
             conductor.play(share)
-        except (Violation, shmcache.ShmCacheError) as error:
+        except Violation as violation:
             raise Violation(
-                f"scene {scene!r}, seed {options.seed}: {type(error).__name__}: {error}"
+                f"scene {scene!r}, seed {options.seed}: {violation}"
+            ) from None
+        except shmcache.ShmCacheError as error:
+            raise Violation(
+                f"scene {scene!r}, seed {options.seed}: the conductor met"
+                f" {type(error).__name__}: {error}"
             ) from error
     return events
 
