@@ -7,6 +7,7 @@ timing stays random).
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import secrets
@@ -67,6 +68,8 @@ def test_what_is_read_proves_itself(
 ) -> None:
     """Whatever happens to the processes, no reader sees what cannot be."""
     print(f"SHMCACHE_SEED={SEED}")
+    # It may be asked to run for hours, and watches itself.
+    faulthandler.cancel_dump_traceback_later()
     run = storm(name, scene, SECONDS / len(SCENES))
     assert run.returncode == 0, run.stderr[-5_000:]
     report = json.loads(run.stdout.splitlines()[-1])
