@@ -237,7 +237,5 @@ class Numbers(Mailbox):
                 self._count(b + S_SETS, 1)
                 self.w32[2 * v + F_STAMP] = self._stamp(now)
                 return 0
-        self._store(
-            s, b, slot, h, kind, kb, tag, data, checksum32, expires, ttl, now
-        )
+        self._store(s, b, slot, h, kind, kb, tag, data, checksum32, expires, ttl, now)
         return 0

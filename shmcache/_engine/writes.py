@@ -139,7 +139,7 @@ class Writes(Lookup):
         self, key: Any, value: Any, ttl: Any, mode: cython.int, token: Word
     ) -> Word:
         # Store a value, and return the new version, or 0 if the mode forbids it.  For
-        # CAS, ``token`` is the version that the entry must have.
+        # CAS, ``token`` is the token that the entry must have.
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
@@ -173,7 +173,7 @@ class Writes(Lookup):
                 mode == ANY
                 or (mode == ADD and slot == 0)
                 or (mode == REPLACE and slot)
-                or (mode == CAS and slot and self.w64[self._record(b, slot)] == token)
+                or (mode == CAS and slot and self._token_of(s, b, slot) == token)
             ):
                 version = self._store(
                     s,
@@ -301,8 +301,7 @@ class Writes(Lookup):
     @cython.cfunc
     @cython.final
     def _read_versioned(self, key: Any) -> tuple:
-        # Use an entry, and return its value and version, or (None, None) if it is
-        # absent.
+        # Use an entry, and return its value and token, or (None, None) if it is absent.
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index)
         kind, h, s, b = self._place(key, kb)
@@ -314,7 +313,7 @@ class Writes(Lookup):
             kind, h, s, b = self._place(key, kb)
         data: bytes = b""
         tag: cython.uint = 0
-        version: Word = 0
+        token: Word = 0
         slot: Index
         self._begin(s, b)
         try:
@@ -322,7 +321,7 @@ class Writes(Lookup):
             if slot:
                 data = self._value(b, slot, h)
                 tag = tag_of(self.w32[2 * self._record(b, slot) + F_META])
-                version = self.w64[self._record(b, slot)]
+                token = self._token_of(s, b, slot)
             self._count_lookup(b, slot, now)
         except BaseException as error:
             self._abort(s, b, error)
@@ -330,7 +329,16 @@ class Writes(Lookup):
         self._end(s, b)
         if slot == 0:
             return None, None
-        return decode_tagged(self.codec, tag, data), version
+        return decode_tagged(self.codec, tag, data), token
+
+    @cython.cfunc
+    @cython.final
+    @cython.exceptval(check=False)
+    def _token_of(self, s: Index, b: Index, slot: Index) -> Word:
+        # Return the token of a live entry.  Each shard counts its own versions, so the
+        # shard is part of it.
+        shard: Word = cython.cast(Word, s)
+        return (self.w64[self._record(b, slot)] * self.shards + shard) & MASK64
 
     @cython.cfunc
     @cython.final

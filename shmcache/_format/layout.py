@@ -18,9 +18,9 @@ file consists of page-aligned pieces, each a whole number of 64-byte lines::
             +...     arena        block_size x (blocks + 1)
 
 Slots and blocks are numbered from 1, and 0 means "none".  So a zero-filled shard is a
-valid empty one, and creating a segment takes a few stores, however large it is.  Record 0 is
-the sentinel of the LRU ring: its ``next`` is the most recently used entry, its ``prev``
-the least recently used.
+valid empty one, and creating a segment takes a few stores, however large it is.  Record
+0 is the sentinel of the LRU ring: its ``next`` is the most recently used entry, its
+``prev`` the least recently used.
 
 A record, in 32-bit words (``version`` and ``expires`` are 64-bit)::
 
@@ -143,8 +143,8 @@ S_SEQ = 0  # seqlock: odd while a writer is inside
 S_HOLDER = 1  # token of the worker inside, 0 = none
 S_ACQUISITIONS = 2  # how often the lock was taken: tells a waiter that others progress
 # The lock guards all words from here on.
-# The number of the last write, which begins with the time of creation in units of 2 ns;
-# a record's version is sequence << 1 | live.
+# The number of the last write; it begins with the time of creation, see header.py.  A
+# record's version is sequence << 1 | live.
 S_SEQUENCE = 8
 S_ENTRIES = 9
 S_BLOCKS_USED = 10
@@ -243,7 +243,7 @@ STAMP_SHIFT = 26  # a stamp counts units of 2**26 ns, 67 ms: 32 bits last nine y
 MASK32 = 0xFFFF_FFFF
 MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 ALL_IN_DOUBT = MASK64  # a value of S_IN_DOUBT
-LAST_SEQUENCE = (1 << 61) - 1  # a write sequence begins with the time, in units of 2 ns
+LAST_SEQUENCE = (1 << 61) - 1  # no write has a higher number
 
 
 # The name of the codec of a segment that holds handles.  Its values begin with the

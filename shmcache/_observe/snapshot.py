@@ -214,7 +214,7 @@ class Segment(RecordReader):
     def age(self, entry: Entry) -> float:
         """Return the seconds since an entry was written, to within 0.07 s."""
         now = (self.now() - self.header.created_at_ns) >> L.STAMP_SHIFT
-        age = stamps_between(entry.stamp, now & L.MASK32)
+        age: int = stamps_between(entry.stamp, now & L.MASK32)
         return (age << L.STAMP_SHIFT) / 1e9
 
     def left(self, entry: Entry) -> float | None:

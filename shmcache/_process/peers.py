@@ -176,7 +176,9 @@ def _what_happened(dead: int, pid: int) -> str:
     if not dead:
         return "damage was met"
     if not generation_of(dead):  # the placeholder for a holder that did not sign
-        return "its lock was lost by a process that died, or was stopped, taking it"
+        # A process that was stopped between taking the permit and signing as holder
+        # looks the same.
+        return "the permit of its lock was missing, of a process that died or stopped"
     return f"process {pid or 'unknown'} died holding its lock"
 
 

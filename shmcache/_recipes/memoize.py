@@ -169,7 +169,7 @@ class Memoized:
         elif isinstance(value, (str, bytes, int)):
             part = value
         elif isinstance(value, tuple):
-            part = ("t", *(self._part(v, what) for v in value))
+            part = ("t", *(self._part(v, what) for v in tuple.__iter__(value)))
         elif isinstance(value, type):
             part = ("c", f"{value.__module__}.{value.__qualname__}")
         elif (own := getattr(value, "__cache_key__", None)) is not None:
@@ -256,7 +256,7 @@ def _mark_as_coroutine_function(thing: Any) -> None:
 
 
 def _flat(key: Any) -> Iterator[Any]:
-    yield from key if isinstance(key, tuple) else (key,)
+    yield from tuple.__iter__(key) if isinstance(key, tuple) else (key,)
 
 
 _identities: dict[int, tuple[weakref.ref[Any], int]] = {}

@@ -43,7 +43,20 @@ class Header:
     def first_sequence(self) -> int:
         """The write sequence that each shard began with; see ``write_header``."""
         # A damaged time must leave room to count on.
-        return min(self.created_wall_ns >> 1, L.LAST_SEQUENCE // 4 * 3)
+        return min(first_sequence(self.created_wall_ns), L.LAST_SEQUENCE >> 1)
+
+
+def first_sequence(created_ns: int) -> int:
+    """Return what the write sequence of a shard begins with.
+
+    It counts units of 256 ns since 1970.  No shard sees a write in each of them, all
+    its life, so a later segment begins with a higher number than its predecessor has
+    reached.
+
+    Args:
+        created_ns: When the segment was created, in ns.
+    """
+    return created_ns >> 8
 
 
 # --- writing ----------------------------------------------------------------------
@@ -54,11 +67,9 @@ def write_header(
 ) -> None:
     """Write the header of a new segment; the caller holds the admin lock.
 
-    The write sequences of the shards begin with the time of creation, in units of 2 ns,
-    so that they go on growing if a segment takes the place of another one: a version,
-    which is also the token of ``gets``, is never given out again.  (No shard sees a
-    write every 2 ns, so a later segment begins with a higher number than its
-    predecessor has reached.)
+    The write sequences of the shards begin with the time of creation, so that they go
+    on growing if a segment takes the place of another one: a token of ``gets`` is never
+    given out again.
 
     Args:
         buffer: The segment, filled with zeros.
@@ -96,7 +107,7 @@ def write_header(
     }.items():
         words[word] = value
     for shard in range(geometry.shards):
-        words[geometry.shard_at(shard) + L.S_SEQUENCE] = created >> 1
+        words[geometry.shard_at(shard) + L.S_SEQUENCE] = first_sequence(created)
     _put_text(buffer, L.CODEC_AT, L.CODEC_SIZE, settings.codec)
     _put_text(buffer, L.NAME_AT, L.NAME_SIZE, names.cache)
     # This is stored last: from now on the segment counts as complete.

@@ -213,6 +213,7 @@ def test_both_engines_in_one_process(
             ttl_ns=settings.ttl_ns,
             jitter_ppm=settings.jitter_ppm,
             created_at_ns=attachment.header.created_at_ns,
+            first_sequence=attachment.header.first_sequence,
             lock_timeout_ns=10**9,
         ),
         interpreted.recency_buffers(settings.shards),

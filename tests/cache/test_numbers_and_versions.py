@@ -261,3 +261,96 @@ def test_counter_in_use_is_not_the_least_recently_used(make_cache: MakeCache) ->
         assert peer.hear() == 2 * n
     peer.say(0)
     peer.end()
+
+
+def test_tokens_are_not_given_out_again_in_a_new_segment(
+    make_cache: MakeCache, name: str
+) -> None:
+    """A token of a segment that has gone fits no entry of the one that took its place,
+    and the tokens of a key go on growing."""
+    tokens: list[int] = []
+    for _ in range(3):
+        with Cache(name, max_entries=10) as cache:
+            for value in range(5):
+                cache["k"] = value
+                for token in tokens:
+                    assert cache.cas("k", "by an old token", token) is False
+                tokens.append(cache.gets("k")[1])
+    assert tokens == sorted(set(tokens))
+
+
+def test_tokens_are_not_given_out_again_after_damage(make_cache: MakeCache) -> None:
+    """If the number of the last write is damaged, later tokens are still new ones."""
+    cache = make_cache(max_entries=10)
+    cache["other"] = 1
+    cache["k"] = 1
+    old = [cache.gets("k")[1]]
+    for _ in range(5):
+        cache["k"] = 1
+        old.append(cache.gets("k")[1])
+    del cache["k"]
+    cache._attachment.words[cache._words_of(0) + fmt.S_SEQUENCE] = fmt.MASK64 >> 1
+    cache._rebuild_shard(0)
+    for _ in range(10):
+        cache["k"] = 1
+        token = cache.gets("k")[1]
+        assert token > max(old)
+
+
+class Fussy:
+    """A codec that refuses to read a value, as long as it is told to."""
+
+    name = "fussy"
+    refuses = True
+
+    def dumps(self, value: object) -> bytes:
+        """The text of a value."""
+        return str(value).encode()
+
+    def loads(self, data: bytes) -> object:
+        """The text, or an exception."""
+        if self.refuses:
+            raise ZeroDivisionError(data)
+        return data.decode()
+
+
+@pytest.mark.parametrize("way", ["pop", "popitem", "pop with a default"])
+def test_what_cannot_be_decoded_is_not_popped(make_cache: MakeCache, way: str) -> None:
+    """If the codec refuses the bytes, pop() and popitem() raise, and the entry stays:
+    its value, its time, and its place in the order of use."""
+    codec = Fussy()
+    cache = make_cache(max_entries=10, codec=codec)
+    for key in "abc":
+        cache.set(key, f"value of {key}", ttl=100)
+    pops: dict[str, Callable[[], Any]] = {
+        "pop": lambda: cache.pop("a"),
+        "popitem": cache.popitem,
+        "pop with a default": lambda: cache.pop("a", 5),
+    }
+    with pytest.raises((shmcache.SegmentCorrupt, ZeroDivisionError)):
+        pops[way]()
+    assert 99 < cache.ttl("a") <= 100
+    codec.refuses = False
+    assert cache.peek("a") == "value of a"
+    assert by_age(cache) == ["a", "b", "c"]
+
+
+def test_pop_meets_a_change(make_cache: MakeCache) -> None:
+    """pop() returns the value that it removes, also if the entry is overwritten while
+    the codec decodes."""
+
+    class Overwriting(Fussy):
+        refuses = False
+
+        def loads(self, data: bytes) -> object:
+            if data == b"old":
+                cache["k"] = "new"
+            return super().loads(data)
+
+    cache = make_cache(max_entries=10, codec=Overwriting())
+    cache["k"] = "old"
+    assert cache.pop("k") == "new"
+    assert "k" not in cache
+    cache["k"] = "old"
+    assert cache.popitem() == ("k", "new")
+    assert len(cache) == 0

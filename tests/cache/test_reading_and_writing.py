@@ -13,7 +13,7 @@ import shmcache
 from shmcache import Cache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from conftest import Clock
 
@@ -205,14 +205,41 @@ def test_equal_keys_are_one(make_cache: MakeCache) -> None:
     class Text(str):
         __slots__ = ()
 
+        def encode(self, *_: Any) -> bytes:
+            return b"not asked"
+
     class Number(int):
-        pass
+        def __index__(self) -> int:
+            return 0
+
+        def to_bytes(self, *_: Any, **__: Any) -> bytes:
+            return b"not asked"
+
+    class Bytes(bytes):
+        def __bytes__(self) -> bytes:
+            return b"not asked"
+
+    class Pair(tuple[str, str]):
+        __slots__ = ()
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(("not", "asked"))
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, _at: Any) -> Any:
+            return "not asked"
 
     cache = make_cache()
     cache[Text("k")] = 1
     cache[Number(5)] = 2
-    assert [cache["k"], cache[5]] == [1, 2]
-    assert {str, int} == {type(key) for key in cache}
+    cache[Bytes(b"b")] = 3
+    cache[Pair(("a", "b"))] = 4
+    cache[Pair(), "in a tuple"] = 5
+    keys: list[Any] = ["k", 5, b"b", ("a", "b"), ((), "in a tuple")]
+    assert [cache[key] for key in keys] == [1, 2, 3, 4, 5]
+    assert {str, int, bytes, tuple} == {type(key) for key in cache}
 
 
 CALLS: list[tuple[Callable[[Any], object], type[Exception], str]] = [

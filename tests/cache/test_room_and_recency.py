@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from caches import NO_USES, TICK, USES, MakeCache, by_age, contents, python
+from caught import shard_word
+from peers import Peer
 
 import shmcache
 from shmcache import Cache
+from shmcache._format import layout as fmt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from multiprocessing.connection import Connection
 
     from conftest import Clock
 
@@ -77,6 +81,77 @@ def test_hits_of_another_process_count(make_cache: MakeCache, name: str) -> None
     assert python(code, name) == "1"
     cache["d"] = 4
     assert by_age(cache) == ["c", "a", "d"]
+
+
+@pytest.mark.parametrize("hot", [1, 2, 3])
+def test_hits_of_few_keys_reach_other_processes(
+    make_cache: MakeCache, hot: int
+) -> None:
+    """A key that one process only reads stays while another process stores: 64 hits
+    later, at the latest, the others know, however few keys the hits are of."""
+    cache = make_cache(max_entries=20, cleanup_interval=3600)
+    keys = [f"hot {n}" for n in range(hot)]
+    cache.set_many(dict.fromkeys(keys, 1))
+
+    def read(link: Connection) -> None:
+        with Cache.attach(cache.name) as mine:
+            while link.recv():
+                hits = (mine.get(keys[n % hot]) for n in range(65))
+                link.send(all(hits))
+
+    reader = Peer(read)
+    for turn in range(1, 30):
+        reader.say(turn)
+        assert reader.hear(), f"a key that is read all the time went in turn {turn}"
+        for n in range(20 - hot):
+            cache[turn, n] = "page"
+    reader.say(0)
+    reader.end()
+
+
+def test_a_hit_of_a_number_that_is_overwritten_counts(make_cache: MakeCache) -> None:
+    """A hit that waits in the recency buffer counts although others have added to the
+    number since."""
+    if not shmcache.compiled:
+        pytest.skip("the interpreted engine has no hits that wait")
+    cache = make_cache(max_entries=20, cleanup_interval=3600)
+    cache["n"] = 1
+
+    def read(link: Connection) -> None:
+        with Cache.attach(cache.name) as mine:
+            assert mine.get("n") == 1
+            link.send("read")
+            link.recv()
+            mine["theirs"] = 1  # applies the hit
+            link.send("wrote")
+            link.recv()
+
+    reader = Peer(read)
+    reader.hear()
+    assert cache.incr("n") == 2
+    for n in range(10):
+        cache["before", n] = "page"
+    reader.say()
+    reader.hear()
+    for n in range(15):
+        cache["after", n] = "page"
+    assert cache.peek("n") == 2
+    reader.say()
+    reader.end()
+
+
+def test_hits_of_one_key_take_no_lock_if_nobody_writes(make_cache: MakeCache) -> None:
+    """Reading the most recently used entry again and again is reading only."""
+    if not shmcache.compiled:
+        pytest.skip("the interpreted engine reads under the lock")
+    cache = make_cache(max_entries=20, cleanup_interval=3600)
+    cache["hot"] = 1
+    cache.get_many(["hot"] * 64)
+    cache._flush_recency()
+    before = shard_word(cache, fmt.S_ACQUISITIONS)
+    for _ in range(1000):
+        cache.get("hot")
+    assert shard_word(cache, fmt.S_ACQUISITIONS) == before
 
 
 @pytest.mark.parametrize("shards", [1, 3, 8])

@@ -323,3 +323,21 @@ def test_thread_sweeps_by_itself(make_cache: MakeCache) -> None:
     stats = cache.stats()
     assert (stats.entries, stats.expired) == (0, 1)
     assert stats.sweeps > 0
+
+
+def test_ages_of_what_was_stored_after_the_clock_was_read(
+    make_cache: MakeCache, clock: Clock
+) -> None:
+    """Who waits for a lock may evict what was stored after it had read the clock; such
+    an entry has age 0."""
+    cache = make_cache(max_entries=2, clock=clock, cleanup_interval=3600)
+    clock.advance(10)
+    cache.set_many({"a": 1, "b": 1})
+    clock.advance(-5)
+    cache["c"] = 1
+    clock.advance(1000)
+    cache["d"] = 1
+    stats = cache.stats()
+    assert stats.evicted == 2
+    assert stats.eviction_age_seconds == pytest.approx(995, abs=0.2)
+    assert sum(stats.eviction_age_buckets) == 2

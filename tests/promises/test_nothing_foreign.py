@@ -13,9 +13,8 @@ import logging
 import os
 import sys
 import threading
-from collections import namedtuple
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from caught import shard_word
@@ -28,7 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-Point = namedtuple("Point", ["x", "y"])
+
+class Point(NamedTuple):
+    """A key, or a part of one."""
+
+    x: int
+    y: int
+
+
 LARGE = 200_000  # bytes: hashing so much lets other threads run
 
 
@@ -308,10 +314,8 @@ def test_a_clock_that_closes_the_cache(
     one, two = (make_cache(name, **settings, cleanup_interval=3600) for _ in range(2))
     one.set_many({"k": 1, "l": 1})
     closes = call
-    try:
+    with suppress(CacheClosed):
         USES[use](one)
-    except CacheClosed:
-        pass
     assert shard_word(two, L.S_HOLDER) == 0
     two["after"] = 1
     assert two.stats().lock_waits == 0
@@ -376,8 +380,8 @@ def test_closed_in_the_midst_of_a_call(
 def test_close_beside_threads_that_are_inside(
     make_cache: Callable[..., Cache], name: str
 ) -> None:
-    """close() by one thread leaves no lock taken, whatever other threads do: they finish
-    what they are in, or say CacheClosed."""
+    """close() by one thread leaves no lock taken, whatever other threads do: they
+    finish what they are in, or say CacheClosed."""
     settings: dict[str, Any] = {"max_entries": 9, "max_bytes": 4 << 20}
     other = make_cache(name, **settings)
     text = b"x" * LARGE

@@ -9,11 +9,16 @@ many n, a moderate one fewer (amounts.py).
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 from typing import TYPE_CHECKING, Any
 
+import posix_ipc
 import pytest
 from amounts import EVERY_STOP, points
+from caught import ROOMY, Writer, stop_inside
+from peers import PATIENCE
 from scenes import ABSENT, FOR_EVER, OPERATIONS, Scene
 
 from shmcache import Cache, LockTimeout
@@ -26,6 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.counted]
 
 WAITED = "waited in vain"
 LOCK_TIMEOUT = 0.15  # s: a little longer than a reader's patience
+LOOKS = 4  # how often a reader looks before it knows that a writer is stuck
 
 
 @pytest.fixture
@@ -50,6 +56,11 @@ def read(cache: Cache, key: str) -> Any:
     return value
 
 
+def present(content: dict[str, Any]) -> set[str]:
+    """The keys that are there."""
+    return {key for key, value in content.items() if value != ABSENT}
+
+
 def read_all(scene: Scene, cache: Cache) -> dict[str, Any]:
     """What each key seems to have, while a writer is stopped."""
     return {key: read(cache, key) for key in scene.keys.all}
@@ -71,7 +82,10 @@ def test_reading_beside_a_writer_stopped_at_any_step(
     with reader, scene.zygote(interpreted_env) as zygote:
         whole = zygote.order(scene.name, FOR_EVER)
         assert whole.code == 0
-        after = scene.content()
+        after, after_left = scene.content(), scene.times_left()
+        # Are keys only overwritten?
+        stay = present(scene.before) == present(after)
+        stay = stay and scene.entries == scene.word(L.S_ENTRIES)
         visited = points(whole.steps, EVERY_STOP, scene.name)
         for step in visited:
             scene.restore()
@@ -82,6 +96,7 @@ def test_reading_beside_a_writer_stopped_at_any_step(
             for key, value in seen.items():
                 assert value in (scene.before[key], after[key], WAITED)
                 assert inside or value != WAITED
+            assert not stay or scene.word(L.S_ENTRIES) == scene.entries
             end = signal.SIGKILL if step % 2 else signal.SIGCONT
             ended = zygote.end_stopped(end)
             assert ended.code == (-signal.SIGKILL if step % 2 else 0)
@@ -89,6 +104,75 @@ def test_reading_beside_a_writer_stopped_at_any_step(
             for key, value in seen.items():
                 if value == after[key] != scene.before[key]:
                     assert found[key] == value
+            # Readers have not renewed by a time that was taken back.
+            assert end == signal.SIGKILL or scene.times_left() == after_left
             assert scene.cache.check() == []
             scene.attachment.reap()
     record_property("stops", len(visited))
+
+
+def test_a_second_reader_of_absent_keys_need_not_find_out_again(
+    make_cache: Callable[..., Cache],
+) -> None:
+    """Only the first lookup of an absent key waits to see whether the writer is stuck;
+    the others know, until the writer has left."""
+    cache = make_cache(**ROOMY, lock_timeout=PATIENCE)
+    cache["there"] = 1
+    writer = Writer(cache)
+    stop_inside(cache, writer.pid, writer.token)
+    sleeps = [sleeps_during(lambda: cache.get("absent")) for _ in range(10)]
+    assert sleeps[0] >= LOOKS
+    assert sum(sleeps[1:]) < LOOKS * len(sleeps[1:])
+    os.kill(writer.pid, signal.SIGCONT)
+    writer.say("end")
+    writer.end()
+    assert cache.get("absent") is None
+    assert cache.stats().lock_timeouts == 0
+
+
+def sleeps_during(act: Callable[[], object]) -> int:
+    """How often this thread gave up the CPU of its own accord during a call."""
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+    act()
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
+
+
+# Steps of "set" that a process can be stopped at while nobody is the holder and the
+# permit is gone: after taking the permit, and before giving it back.
+GAPS = ("first", "last")
+
+
+@pytest.mark.parametrize("scene", ["set_new"], indirect=True)
+@pytest.mark.parametrize("gap", GAPS)
+def test_a_process_that_is_stopped_without_being_the_holder(
+    scene: Scene, interpreted_env: dict[str, str], gap: str
+) -> None:
+    """Others go on without the permit; the log does not say that anyone has died; when
+    the process goes on, it does so as if nothing had been."""
+    with scene.zygote(interpreted_env) as zygote:
+        whole = zygote.order(scene.name, FOR_EVER)
+        scene.restore()
+        # The first step takes the permit, the last gives it back.
+        step = 1 if gap == "first" else whole.steps - 1
+        answer = zygote.stop(scene.name, step)
+        assert answer.stopped
+        assert (scene.permits(), scene.word(L.S_HOLDER)) == (0, 0)
+        scene.cache["other"] = "value"
+        [message] = [record.getMessage() for record in scene.log.records]
+        assert "the permit of its lock was missing" in message
+        assert "or stopped" in message
+        assert zygote.end_stopped(signal.SIGCONT).code == 0
+        assert scene.cache[scene.keys["e"]] == b"new"
+        assert scene.cache["other"] == "value"
+        # A spare permit is dropped by the next that finds a holder, or taken in turn.
+        assert scene.permits() in (1, 2)
+        assert scene.cache.check() == []
+        while scene.permits() > 1:
+            take_spare(scene)
+
+
+def take_spare(scene: Scene) -> None:
+    """Take the spare permit away, as it is no matter of the tests that follow."""
+    semaphore = posix_ipc.Semaphore(scene.cache._names.semaphore(0))
+    semaphore.acquire(0)
+    semaphore.close()

@@ -492,6 +492,11 @@ def touch_that_shortens(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
     cache.touch(k["x"], ttl=0.001)
 
 
+@scenario(mortal, timed=True, sliding=True)
+def touch_that_shortens_sliding(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
+    cache.touch(k["x"], ttl=0.001)
+
+
 @scenario(some)
 def get_that_moves(cache: shmcache.Cache, _clock: Clock, k: Keys) -> None:
     cache.get(k["b"])
