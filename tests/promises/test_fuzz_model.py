@@ -26,6 +26,7 @@ SECONDS = {
     "lock-step": amount(1, 10, variable="SHMCACHE_FUZZ_SECONDS"),
 }
 SEED = int(os.environ.get("SHMCACHE_SEED", "1"))
+HANGS = 300  # s; no operation takes so long
 PATIENCE = 60  # s; most faults are found within the first second
 
 
@@ -39,7 +40,8 @@ def test_histories_agree_with_the_model(
     record_property: Callable[[str, object], None],
 ) -> None:
     """Whatever one process does, or two in turn, every result is the model's."""
-    faulthandler.cancel_dump_traceback_later()  # hours are fine if they were asked for
+    # A run of hours is watched, too: it may hang after the time that was asked for.
+    faulthandler.dump_traceback_later(SECONDS[kind] + HANGS, exit=True, file=2)
     played = play(SECONDS[kind], SEED, new_name, kind == "lock-step")
     print(f"{kind}: {played}")
     for what, number in vars(played).items():

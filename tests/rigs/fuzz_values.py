@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import reprlib
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -173,3 +174,19 @@ def rank(result: Any) -> str:
     if type(result) is tuple:
         return f"({','.join(map(rank, result))})"
     return hex(result) if type(result) is int else repr(result)
+
+
+class Shown(reprlib.Repr):
+    """Short forms of arguments and results."""
+
+    def repr_int(self, number: int, level: int) -> str:
+        """Long ints take long to be written out."""
+        bits = number.bit_length()
+        return repr(number) if bits < 200 else f"<int of {bits} bits>"
+
+    repr_Whole = repr_int  # noqa: N815
+
+
+shown = Shown()
+shown.maxstring = shown.maxother = 60
+shown.maxtuple = shown.maxdict = shown.maxlist = 12
