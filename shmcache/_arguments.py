@@ -164,3 +164,19 @@ def clock_in_ns(clock: Callable[[], float] | None) -> Callable[[], int] | None:
     if isinstance(first, int):
         return clock  # type: ignore[return-value]
     return lambda: round(clock() * 1e9)
+
+
+def shown(key: object) -> str:
+    """Return a key as an error message shows it.
+
+    Args:
+        key: Any object.
+
+    Returns:
+        Its ``repr``, cut off after 200 characters.
+    """
+    try:
+        text = repr(key)
+    except Exception:  # noqa: BLE001 - Python refuses to print ints of 4,301 digits
+        text = f"a {type(key).__qualname__} that cannot be printed"
+    return text if len(text) <= 200 else f"{text[:199]}…"

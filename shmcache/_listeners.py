@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from shmcache._arguments import shown
 from shmcache._format.layout import Cause
 from shmcache._process.callbacks import Callbacks
 from shmcache._process.sweeper import sweeper
@@ -102,7 +103,7 @@ class Subscription:
 
     def __repr__(self) -> str:
         state = "active" if self.active else "ended"
-        return f"<shmcache.Subscription to {self.key!r} {state}>"
+        return f"<shmcache.Subscription to {shown(self.key)} {state}>"
 
 
 class Group:

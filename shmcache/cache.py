@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from shmcache._arguments import check_budget, check_ttl
+from shmcache._arguments import check_budget, check_ttl, shown
 from shmcache._engine import (
     MISSING,
     decode_key,
@@ -423,7 +423,7 @@ class Cache(Member):
             kind, data = encode_key(prefix)
             if kind == L.Kind.INT:
                 raise UnsupportedKey(
-                    f"a prefix must be str, bytes or tuple, not {prefix!r};"
+                    f"a prefix must be str, bytes or tuple, not {shown(prefix)};"
                     " delete() removes a single key"
                 )
         removed = 0

@@ -26,7 +26,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shmcache._arguments import check_callable, check_count, check_flag, ttl_to_ns
+from shmcache._arguments import (
+    check_callable,
+    check_count,
+    check_flag,
+    shown,
+    ttl_to_ns,
+)
 from shmcache._component import Component
 from shmcache._engine import MISSING
 from shmcache._format import layout as L
@@ -416,8 +422,8 @@ class ConfigCache(Component):
         check_callable(loader, "loader", "loader(key) loads a configuration")
         if loader is None and self._loader is None:
             raise TypeError(
-                f"nothing could reload {key!r} when it changes: give ConfigCache, or"
-                " this call, a loader"
+                f"nothing could reload {shown(key)} when it changes: give ConfigCache,"
+                " or this call, a loader"
             )
         changed = functools.partial(self._changed, key, loader)
         return self._watchers.get_or_create(
@@ -534,8 +540,8 @@ def _start(key: Any, start: Callable[[Any], Any], changed: Callable[[], None]) -
     watcher = start(changed)
     if not callable(getattr(watcher, "stop", None)):
         raise TypeError(
-            f"start(changed) for {key!r} returned {watcher!r}, which has no stop(); it"
-            " must return the watcher"
+            f"start(changed) for {shown(key)} returned {watcher!r}, which has no"
+            " stop(); it must return the watcher"
         )
     return watcher
 
@@ -547,6 +553,6 @@ def _stop(_: Any, watcher: Any, __: Cause) -> None:
 def _require_config(key: Any, value: Any, what: str) -> None:
     if value is None:
         raise ValueError(
-            f"{what} for {key!r} is None, which could not be told from none; store an"
-            " empty dict, or raise KeyError"
+            f"{what} for {shown(key)} is None, which could not be told from none;"
+            " store an empty dict, or raise KeyError"
         )

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from shmcache._arguments import Ttl, check_callable, check_count
+from shmcache._arguments import Ttl, check_callable, check_count, shown
 from shmcache._engine import MISSING, HandleCodec
 from shmcache._format import layout as L
 from shmcache._format.layout import Cause
@@ -341,7 +341,7 @@ class HandleMap:
         """
         if handle is None:
             raise TypeError(
-                f"the handle of {key!r} is None, which could not be told from no"
+                f"the handle of {shown(key)} is None, which could not be told from no"
                 " handle; register an object"
             )
         check_callable(on_evict, "on_evict", ON_EVICT)

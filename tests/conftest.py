@@ -38,7 +38,16 @@ if TYPE_CHECKING:
 
 # Failed assertions in a rig are explained as in a test.
 pytest.register_assert_rewrite(
-    "caches", "caught", "model", "peers", "servers", "worker_app"
+    "caches",
+    "caught",
+    "fuzz_map",
+    "fuzz_model",
+    "fuzz_values",
+    "model",
+    "peers",
+    "scenes",
+    "servers",
+    "worker_app",
 )
 
 ROOT = Path(__file__).resolve().parent.parent

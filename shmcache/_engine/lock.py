@@ -431,7 +431,7 @@ class Lock(Rebuild):
                 ):
                     self._count_wait(b, started)
                     return True
-                looks = looks + 1 if acquisitions == last_acquisitions and holder else 0
+                looks = looks + 1 if acquisitions == last_acquisitions else 0
                 if not patient and looks == PATIENCE:
                     self.stuck[s] = acquisitions
                     return False
@@ -552,8 +552,8 @@ class Lock(Rebuild):
                 return False
             self._count(b + S_ACQUISITIONS, 1)
             return True
-        with self.peers.recovery(s):
-            if self.w64[b + S_HOLDER] != holder:
+        with self.peers.recovery(s) as alone:
+            if not alone or self.w64[b + S_HOLDER] != holder:
                 return False
             self.owners[s] = get_ident()
             self.w64[b + S_HOLDER] = self.token

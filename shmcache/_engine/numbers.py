@@ -10,6 +10,7 @@ published like any other.
 import struct
 from typing import TYPE_CHECKING, Any
 
+from shmcache._arguments import shown
 from shmcache.errors import UnsupportedValue
 
 if TYPE_CHECKING:
@@ -104,6 +105,16 @@ def number_of(data: bytes, tag: cython.uint) -> Any:
     return (INT64 if tag == INT_TAG else FLOAT64).unpack(data)[0]
 
 
+@cython.cfunc
+def sum_of(number: Any, delta: Any) -> Any:
+    # Return the sum of two numbers, each an int or a float.  Both are made floats if
+    # one is, because Cython 3.3 adds a float and the int 0 by a short cut, whose result
+    # is -0.0 for -0.0.
+    if type(number) is not type(delta):
+        return float(number) + float(delta)
+    return number + delta
+
+
 @cython.cclass
 class Numbers(Mailbox):
     """Adding to a number."""
@@ -120,7 +131,7 @@ class Numbers(Mailbox):
         if cython.compiled:
             self._fetch_record(b, h & MASK32)
         ns: Word = self._shorten(self._ttl(ttl))
-        number = None if initial is None else initial + delta
+        number = None if initial is None else sum_of(initial, delta)
         data = None if number is None else number_bytes(number)
         now: Word = self._now()
         if visit != self.visit:
@@ -137,7 +148,7 @@ class Numbers(Mailbox):
                 number = self._number_at(b, slot, h)
                 data = None
                 if number is not None:
-                    number += delta
+                    number = sum_of(number, delta)
                     data = number_bytes(number)
             if data is not None:
                 self._put_number(
@@ -178,8 +189,8 @@ class Numbers(Mailbox):
             if slot == 0:
                 raise KeyError(key)
             raise TypeError(
-                f"the value of {key!r} is not an int of 64 bits or a float, so nothing"
-                " can be added to it; set() a number first"
+                f"the value of {shown(key)} is not an int of 64 bits or a float, so"
+                " nothing can be added to it; set() a number first"
             )
         raise OverflowError(
             f"{number} does not fit into 64 bits; set() a smaller number first"

@@ -101,6 +101,7 @@ class Examined:
     state: cython.uchar[::1]  # slots: 1, live and sound; 2, in ``order`` as well
     order: cython.uint[::1]  # sound slots, the most recently used first
     count: Index  # how many there are
+    newest: Index  # the one that was written last; 0 if there is none
     now: Word  # the time that the wheel starts from
     dropped: Index  # entries given up
 
@@ -109,6 +110,7 @@ class Examined:
         self.state = bytearray(slots + 1)
         self.order = memoryview(array("I", bytes(4 * (slots + 1))))
         self.count = 0
+        self.newest = 0
         self.now = now
         self.dropped = 0
 
@@ -210,8 +212,9 @@ class Rebuild(Entries):
             if is_live(self.w64[v]):
                 if 1 < self.w64[v] <= MAX_VERSION and self._is_sound(b, slot, seen):
                     seen.state[slot] = 1
-                    if sequence_of(self.w64[v]) > sequence:
+                    if sequence_of(self.w64[v]) >= sequence:
                         sequence = sequence_of(self.w64[v])
+                        seen.newest = slot
                     if self.w64[v + F64_EXPIRES] < seen.now:
                         seen.now = self.w64[v + F64_EXPIRES]
                 else:
@@ -353,13 +356,17 @@ class Rebuild(Entries):
     @cython.exceptval(-1)
     def _readmit(self, b: Index, seen: Examined) -> cython.int:
         # Insert the sound records into hash chains and wheel.  If an overwrite was
-        # under way, a key has two records; the newer one is kept.
+        # under way, a key has two records; the newer one is kept.  It was the last
+        # write, and is inserted first, so that a reader who met it before the rebuild
+        # does not meet the older one in the middle of it.
         capacity: Word = self.capacity[(b - self.shards8) // self.stride8]
         used: Index = 0
         entries: Word = 0
         cython.declare(slot=Index, other=Index, v=Index, i=Index)
-        for i in range(seen.count):
-            slot = seen.order[i]
+        for i in range(-1, seen.count):
+            slot = seen.newest if i < 0 else seen.order[i]
+            if slot == 0 or (i >= 0 and slot == seen.newest):
+                continue
             other = self._twin(b, slot)
             if other:
                 if self.w64[self._record(b, other)] > self.w64[self._record(b, slot)]:

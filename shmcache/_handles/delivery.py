@@ -32,6 +32,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
+from shmcache._arguments import shown
 from shmcache._format import layout as L
 from shmcache._format.layout import Cause
 from shmcache._process.callbacks import Callbacks
@@ -231,8 +232,8 @@ class Delivery:
                 if registry.shards_with_mail(self.read):
                     continue  # its message may be among the unread ones
                 found.append(
-                    f"handle {record.key!r} is open, and its entry has gone without"
-                    " a message"
+                    f"handle {shown(record.key)} is open, and its entry has gone"
+                    " without a message"
                 )
         return found
 

@@ -17,7 +17,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shmcache._arguments import check_callable
+from shmcache._arguments import check_callable, shown
 from shmcache._format import layout as L
 from shmcache._format.layout import Cause
 from shmcache._handles.delivery import Delivery, Record, Table
@@ -208,7 +208,8 @@ class ProcessState(Table):
             handle = factory()
             if handle is None:
                 raise ValueError(
-                    f"the factory of {key!r} returned None; it must return the handle"
+                    f"the factory of {shown(key)} returned None; it must return the"
+                    " handle"
                 )
             try:
                 record = self.register(key, handle, value, ttl, on_evict, leases)
@@ -234,8 +235,8 @@ class ProcessState(Table):
                 return self._find(shared, leases)
             if first.thread == turn.thread:
                 raise ReentrantCall(
-                    f"the factory of {key!r} asks for {key!r} again, which would wait"
-                    " for itself; use another key inside"
+                    f"the factory of {shown(key)} asks for the same key again, which"
+                    " would wait for itself; use another key inside"
                 )
             first.done.wait()
             record = self._find(shared, leases)

@@ -54,6 +54,10 @@ log = logging.getLogger("shmcache")
 
 _MADV_WIPEONFORK = 18  # of <asm-generic/mman-common.h>; module mmap has no name for it
 
+# Seconds to wait for another thread that takes a shard's lock over, which takes it some
+# tens of microseconds.
+RECOVERY_PATIENCE = 0.025
+
 # The attachments of this process, by the segment's name.
 _attachments: dict[str, Attachment] = {}
 
@@ -438,18 +442,29 @@ class Attachment:
         return self.lockfile.admin(f"cache {self.names.cache!r}")
 
     @contextmanager
-    def recovery(self, shard: int) -> Iterator[None]:
+    def recovery(self, shard: int) -> Iterator[bool]:
         """Let only one thread of all processes take over a shard's lock.
 
         Engines without compare-and-swap need it.  If an exception strikes where no
         ``finally`` is in force, ``recovering`` tells what to give back.
+
+        Yields:
+            Whether this is the one.  If not, another one may be stopped; nobody waits
+            for it longer than ``RECOVERY_PATIENCE``.
         """
         me = threading.get_ident()
+        deadline = time.monotonic() + RECOVERY_PATIENCE
         while self.recovering.setdefault(shard, me) != me:
+            if time.monotonic() > deadline:
+                yield False
+                return
             time.sleep(0.0001)
         try:
-            self.lockfile.lock_recovery(shard)
-            yield
+            mine = self.lockfile.try_recovery(shard)
+            while not mine and time.monotonic() < deadline:
+                time.sleep(0.0001)
+                mine = self.lockfile.try_recovery(shard)
+            yield mine
         finally:
             self.end_recovery(shard)
 

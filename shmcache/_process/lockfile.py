@@ -272,13 +272,13 @@ class LockFile:
         """Return the PID of the other process that has an office, or None."""
         return self._holder(office)
 
-    def lock_recovery(self, shard: int) -> None:
+    def try_recovery(self, shard: int) -> bool:
         """Become the only process that may take over a shard; see ``Attachment``.
 
-        Raises:
-            LockTimeout: After ADMIN_TIMEOUT.
+        Returns:
+            Whether that succeeded at once.
         """
-        self._wait(_RECOVERY + shard, f"recovery of shard {shard}")
+        return self._try_lock(_RECOVERY + shard)
 
     def unlock_recovery(self, shard: int) -> None:
         """Let other processes take over a shard's lock."""

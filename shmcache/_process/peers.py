@@ -91,8 +91,11 @@ class Peers:
                 " allows this: install a C compiler, then reinstall shmcache)"
             )
 
-    def recovery(self, shard: int) -> AbstractContextManager[None]:
-        """Let only one thread become a shard's holder, for an engine without CAS."""
+    def recovery(self, shard: int) -> AbstractContextManager[bool]:
+        """Let only one thread become a shard's holder, for an engine without CAS.
+
+        The block gets False if another thread does not make way.
+        """
         return self._attachment.recovery(shard)
 
     def end_recoveries(self) -> None:

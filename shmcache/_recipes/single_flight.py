@@ -22,6 +22,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from shmcache._arguments import shown
 from shmcache._engine import MISSING
 from shmcache.errors import LockTimeout, ReentrantCall
 
@@ -130,7 +131,7 @@ class Flight:
                 left = self._timeout - (time.monotonic() - started)
                 if left <= 0:
                     raise LockTimeout(
-                        f"the value of {self._key!r} did not come within"
+                        f"the value of {shown(self._key)} did not come within"
                         f" {self._timeout} s; process"
                         f" {self._table.attachment.pid(holder)}"
                         " computes it: raise timeout, or look what keeps it"
@@ -151,7 +152,7 @@ class Flight:
         if first is not self:
             if first.who == self.who:
                 raise ReentrantCall(
-                    f"the factory of {self._key!r} asks for {self._key!r} again,"
+                    f"the factory of {shown(self._key)} asks for the same key again,"
                     " which would wait for itself; use another key inside"
                 )
             return attachment.token

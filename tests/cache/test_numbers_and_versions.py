@@ -56,6 +56,31 @@ def test_incr_and_decr(make_cache: MakeCache) -> None:
     assert cache.incr("f", initial=1000) == 3.5
 
 
+@pytest.mark.parametrize(
+    ("number", "delta"), [(-0.0, 0), (-0.0, 0.0), (0, -0.0), (0.5, 1), (1, 0.5)]
+)
+def test_incr_of_floats_and_ints(
+    make_cache: MakeCache, number: float, delta: float
+) -> None:
+    """The sum of a float and an int is what Python makes of it, to the last bit."""
+    cache = make_cache()
+    cache["n"] = number
+    expected = number + delta
+    assert cache.incr("n", delta).hex() == float(expected).hex()
+    assert cache["n"].hex() == expected.hex()
+
+
+def test_incr_names_any_key(make_cache: MakeCache) -> None:
+    """The message about a value that is no number shows a key that is too long to be
+    printed, or to be read."""
+    cache = make_cache()
+    for key in (10**5000, (1, 10**5000), "k" * 5000):
+        cache[key] = "text"
+        with pytest.raises(TypeError, match="is not an int of 64 bits") as raised:
+            cache.incr(key)
+        assert len(str(raised.value)) < 400
+
+
 def test_incr_of_a_damaged_value_is_no_matter_of_types(make_cache: MakeCache) -> None:
     """A number to which damage gave another type is SegmentCorrupt, not a TypeError."""
     cache = make_cache()

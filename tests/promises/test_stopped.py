@@ -21,6 +21,7 @@ from caught import ROOMY, Writer, stop_inside
 from peers import PATIENCE
 from scenes import ABSENT, FOR_EVER, OPERATIONS, Scene
 
+import shmcache
 from shmcache import Cache, LockTimeout
 from shmcache._format import layout as L
 
@@ -157,6 +158,14 @@ def test_a_process_that_is_stopped_without_being_the_holder(
         answer = zygote.stop(scene.name, step)
         assert answer.stopped
         assert (scene.permits(), scene.word(L.S_HOLDER)) == (0, 0)
+        if gap == "first" and not shmcache.compiled:
+            # The interpreted engine becomes the holder under a kernel lock, which a
+            # stopped process keeps.
+            with pytest.raises(LockTimeout):
+                scene.cache["other"] = "value"
+            assert scene.cache[scene.keys["a"]] == scene.before[scene.keys["a"]]
+            assert zygote.end_stopped(signal.SIGCONT).code == 0
+            return
         scene.cache["other"] = "value"
         [message] = [record.getMessage() for record in scene.log.records]
         assert "the permit of its lock was missing" in message

@@ -732,8 +732,12 @@ def mortal_child(cache_name: str, name: str, steps: int, report: memoryview) -> 
     sys.settrace(None)
 
 
-def answer(pid: int, report: memoryview) -> None:
-    """Wait until a child has ended or stopped, and print what became of it."""
+def answer(pid: int, report: memoryview) -> bool:
+    """Wait until a child has ended or stopped, and print what became of it.
+
+    Returns:
+        Whether it has stopped.
+    """
     _, status = os.waitpid(pid, os.WUNTRACED)
     stopped = os.WIFSTOPPED(status)
     facts = {
@@ -744,6 +748,7 @@ def answer(pid: int, report: memoryview) -> None:
         "stopped": stopped,
     }
     print(json.dumps(facts), flush=True)
+    return stopped
 
 
 def zygote(cache_name: str, mode: str) -> None:
@@ -762,13 +767,13 @@ def zygote(cache_name: str, mode: str) -> None:
             cache_name, lock_timeout=1.0, clock=clock if mode == "timed" else None
         )
     report = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
-    pid = 0
+    pid, stopped = 0, False
     print(json.dumps({"ready": os.getpid()}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         if "signal" in order:
             os.kill(pid, order["signal"])
-            answer(pid, report)
+            stopped = answer(pid, report)
             continue
         clock.ns = order["now"]
         report[0] = report[1] = 0
@@ -788,7 +793,10 @@ def zygote(cache_name: str, mode: str) -> None:
             finally:
                 sys.stderr.flush()
                 os._exit(code)
-        answer(pid, report)
+        stopped = answer(pid, report)
+    if stopped:  # the test failed
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     for attached in (cache, handles):
         if attached:
             attached.close()

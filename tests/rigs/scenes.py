@@ -132,8 +132,8 @@ class Scene:
         self.attachment = self.cache._attachment
         self._geometry = self.attachment.header.geometry
         self._start = bytes(self.attachment.block.view[self._geometry.shards_at :])
-        self.before = self.content()
         self.entries = self.word(L.S_ENTRIES)
+        self.before = self.content()
         self.before_left = self.times_left()
         self.before_order = self.order_of_use()
         self.restore()
