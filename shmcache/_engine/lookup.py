@@ -408,30 +408,31 @@ class Lookup(Lock):
     def _copy_stuck(
         self, s: Index, b: Index, h32: Word, kb: bytes, slot: Index, mode: cython.int
     ) -> Any:
-        # Return what _lookup returns for the record that a chain names, of which only
-        # the hash and the key are known to be right.
+        # Return what _lookup returns for the record that a chain names, or UNSURE.  Only
+        # its hash and key are known to be right.
         v: Index = self._record(b, slot)
         version: Word = self._get_word(v)
-        if is_live(version):
-            value = self._take_copy(s, b, h32, kb, slot, version, mode)
-            if value is not UNSURE:
-                return UNSURE if value is MOVED else value
-            expires: Word = self.w64[v + F64_EXPIRES]
-            self._read_fence()
-            if expires <= self._now() and version == self._get_word(v):
-                return ABSENT
-            return UNSURE
-        if self._get_word(b + S_REDO_SLOT) != cython.cast(Word, slot):
-            return ABSENT  # its version was cleared, because it goes
-        # A number is being overwritten in place.
-        redo: Word = self.w64[b + S_REDO_VERSION]
-        data: bytes = bytes_of(self.w64[b + S_REDO_VALUE])
+        value_len: Index = self.w32[2 * v + F_VALUE_LEN]
+        expires: Word = self.w64[v + F64_EXPIRES]
         tag: cython.uint = tag_of(self.w32[2 * v + F_META])
-        expires = self.w64[v + F64_EXPIRES]
-        if self.w64[b + S_REDO_CHECKSUM] != self._checksum(data, h32, tag):
+        checksum32: Word = self.w32[2 * v + F_CHECKSUM]
+        data: bytes
+        if is_live(version):
+            if self._need(len(kb), value_len) > self.blocks:
+                return UNSURE
+            data = self._copy_out(b, self.w32[2 * v + F_BLOCK], len(kb), value_len)
+        elif self._get_word(b + S_REDO_SLOT) != cython.cast(Word, slot):
+            return ABSENT  # its version was cleared, because it goes
+        elif self.w64[b + S_REDO_VERSION] == version + 1:
+            # A number is being overwritten in place.
+            data = bytes_of(self.w64[b + S_REDO_VALUE])
+            checksum32 = self.w64[b + S_REDO_CHECKSUM]
+        else:
             return UNSURE
         self._read_fence()
-        if version != self._get_word(v) or version + 1 != redo:
+        if version != self._get_word(v):
+            return UNSURE
+        if checksum32 != self._checksum(data, h32, tag):
             return UNSURE
         if expires != NEVER and not self._is_alive(v, expires, self._now(), mode):
             return ABSENT

@@ -85,13 +85,23 @@ class Recency(Lists):
     @cython.final
     @cython.exceptval(-1)
     def _use(self, b: Index, slot: Index) -> cython.int:
-        # Make an entry the most recently used.
+        # Make an entry the most recently used.  This does what _lru_remove and
+        # _lru_front do, in half the time, because each hit costs it.
         r: Index = 2 * self._record(b, slot)
+        sentinel: Index = 2 * self._record(b, 0)
+        before: Index = self.w32[r + F_LRU_PREV]
         if not self.w32[r + F_META] & META_FETCHED:
             self.w32[r + F_META] |= META_FETCHED
-        if self.w32[r + F_LRU_PREV]:
-            self._lru_remove(b, slot)
-            self._lru_front(b, slot)
+        if before == 0:
+            return 0
+        after: Index = self.w32[r + F_LRU_NEXT]
+        first: Index = self.w32[sentinel + F_LRU_NEXT]
+        self.w32[2 * self._record(b, before) + F_LRU_NEXT] = after
+        self.w32[2 * self._record(b, after) + F_LRU_PREV] = before
+        self.w32[r + F_LRU_PREV] = 0
+        self.w32[r + F_LRU_NEXT] = first
+        self.w32[2 * self._record(b, first) + F_LRU_PREV] = slot
+        self.w32[sentinel + F_LRU_NEXT] = slot
         return 0
 
     @cython.cfunc

@@ -272,13 +272,17 @@ class Words:
         # operation: codec and clock have run when it returns.  They may have closed the
         # cache or forked, so this process joins again; ``visit`` tells that it did.  No
         # caller holds a lock.
-        now: Word
-        if self.clock is not None:
-            now = self.clock()
-            self._require_joined()
-            return now
-        self._require_joined()
+        if self.clock is not None or self.guard[0] != self.token:
+            return self._now_joined()
         return monotonic()
+
+    @cython.cfunc
+    @cython.final
+    @cython.exceptval(-1)
+    def _now_joined(self) -> Word:
+        now: Word = monotonic() if self.clock is None else self.clock()
+        self._require_joined()
+        return now
 
     # --- where things are -----------------------------------------------------------
 

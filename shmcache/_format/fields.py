@@ -89,9 +89,10 @@ def stamps_between(stamp: cython.uint, now: cython.uint) -> cython.ulonglong:
     It is earlier if a process read the clock, waited for a lock, and then met an entry
     that was stored meanwhile, or if the clock was set back.
     """
-    later: cython.ulonglong = (
-        cython.cast(cython.ulonglong, now) - cython.cast(cython.ulonglong, stamp)
-    ) & 0xFFFF_FFFF
+    # In C a literal of more than 31 bits would be a Python object, so it has a name.
+    bits: cython.ulonglong = 0xFFFF_FFFF
+    later: cython.ulonglong = cython.cast(cython.ulonglong, now) - stamp
+    later &= bits
     return 0 if later >> 31 else later
 
 
