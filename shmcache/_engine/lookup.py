@@ -219,7 +219,7 @@ class Lookup(Lock):
             return UNSURE
         if mode & COUNTS_AS_USE:
             self.w64[self.row + R_HITS] += 1
-            self._remember_use(s, b, slot, h32)
+            self._remember_use(s, b, slot, version)
         if not mode & WANTS_VALUE:
             return True
         if tag == CODEC_TAG:
@@ -265,7 +265,9 @@ class Lookup(Lock):
     @cython.cfunc
     @cython.final
     @cython.exceptval(-1)
-    def _remember_use(self, s: Index, b: Index, slot: Index, h32: Word) -> cython.int:
+    def _remember_use(
+        self, s: Index, b: Index, slot: Index, version: Word
+    ) -> cython.int:
         # Put a hit into the recency buffer.  A full buffer is applied if the lock is
         # free; else its oldest part is dropped.
         at: Index = s * RECENCY
@@ -291,11 +293,11 @@ class Lookup(Lock):
                     self.recent_slot[at + i] = self.recent_slot[
                         at + RECENCY_DROPPED + i
                     ]
-                    self.recent_hash[at + i] = self.recent_hash[
+                    self.recent_version[at + i] = self.recent_version[
                         at + RECENCY_DROPPED + i
                     ]
         self.recent_slot[at + n] = slot
-        self.recent_hash[at + n] = cython.cast(cython.uint, h32)
+        self.recent_version[at + n] = version
         self.recent_count[s] = n + 1
         return 0
 
@@ -408,8 +410,8 @@ class Lookup(Lock):
     def _copy_stuck(
         self, s: Index, b: Index, h32: Word, kb: bytes, slot: Index, mode: cython.int
     ) -> Any:
-        # Return what _lookup returns for the record that a chain names, or UNSURE.  Only
-        # its hash and key are known to be right.
+        # Return what _lookup returns for a record of this hash and key, whose other
+        # fields may be half written, or UNSURE.
         v: Index = self._record(b, slot)
         version: Word = self._get_word(v)
         value_len: Index = self.w32[2 * v + F_VALUE_LEN]
@@ -438,7 +440,8 @@ class Lookup(Lock):
             return ABSENT
         if mode & COUNTS_AS_USE:
             self.w64[self.row + R_HITS] += 1
-            self._remember_use(s, b, slot, h32)
+            # An overwrite ends with the version that is live.
+            self._remember_use(s, b, slot, version | 1)
         return decode_tagged(self.codec, tag, data) if mode & WANTS_VALUE else True
 
     @cython.cfunc

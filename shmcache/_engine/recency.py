@@ -4,16 +4,14 @@ Problem: exact LRU moves an entry to the front of a shared ring at each hit, whi
 the lock, and makes readers write to memory that all processes read.
 
 Mechanism: each process keeps a recency buffer for each shard, in its own memory: slot
-and hash of its hits.  The buffer is applied to the ring under the lock, before the
+and version of its hits.  The buffer is applied to the ring under the lock, before the
 process's next write to the shard, or when the buffer is full and the lock is free (see
 ``_remember_use`` in ``lookup.py``).  So LRU order is exact within one process; other
 processes see a use after at most one buffer of hits, however few keys they are of.
 
-A hit names the entry by slot and hash, not by version, because a number that others
-overwrite in place is still the entry that was used.  If the entry has gone, its slot is
-free or has another hash, and the hit is dropped.  If it was overwritten by a new
-record, that one is at the front already.  Two keys of one hash (one pair in 2**32)
-would at worst give one the other's rank.
+If an entry has been overwritten since a hit, its version differs, and the hit is
+dropped: every overwrite, also one in place, is a use, which was applied at once and is
+the later one.
 
 Death in the middle: the buffer of the process is lost, which costs recency and nothing
 else.  A ring that is half changed is rebuilt by the next holder of the lock.
@@ -29,7 +27,6 @@ else:
 
 if not cython.compiled:
     from shmcache._engine.constants import (
-        F_HASH,
         F_LRU_NEXT,
         F_LRU_PREV,
         F_META,
@@ -40,7 +37,6 @@ if not cython.compiled:
         Word,
     )
     from shmcache._engine.lists import Lists
-    from shmcache._format.fields import is_live
 
 
 if cython.compiled:
@@ -57,12 +53,12 @@ def recency_buffers(shards: int) -> Any:
         shards: How many shards the segment has.
 
     Returns:
-        Three views: slots, hashes (both ``RECENCY_SIZE`` for each shard), and how many
-        of them are in use (one number for each shard).
+        Three views: slots, versions (both ``RECENCY_SIZE`` for each shard), and how
+        many of them are in use (one number for each shard).
     """
     return (
         memoryview(array("I", bytes(4 * RECENCY_SIZE * shards))),
-        memoryview(array("I", bytes(4 * RECENCY_SIZE * shards))),
+        memoryview(array("Q", bytes(8 * RECENCY_SIZE * shards))),
         memoryview(array("I", bytes(4 * shards))),
     )
 
@@ -72,13 +68,13 @@ class Recency(Lists):
     """The recency buffers of a process, and the moves within the LRU ring."""
 
     recent_slot: cython.uint[::1]
-    recent_hash: cython.uint[::1]
+    recent_version: cython.ulonglong[::1]
     recent_count: cython.uint[::1]
     in_step: cython.bint  # see _fetch_block
 
     def _bind_recency(self, buffers: Any) -> None:
         """Use these buffers, which come from ``recency_buffers``."""
-        self.recent_slot, self.recent_hash, self.recent_count = buffers
+        self.recent_slot, self.recent_version, self.recent_count = buffers
         self.in_step = True
 
     @cython.cfunc
@@ -111,7 +107,7 @@ class Recency(Lists):
         # Empty the buffer of a shard into its ring; the caller holds the lock.
         at: Index = s * RECENCY
         n: Index = self.recent_count[s]
-        cython.declare(i=Index, r=Index, slot=Index, v=Index)
+        cython.declare(i=Index, r=Index, slot=Index)
         self.recent_count[s] = 0
         if cython.compiled and n > 4:
             # The records are scattered over the segment: their cache lines are fetched
@@ -123,11 +119,7 @@ class Recency(Lists):
                 self._fetch_neighbours(b, self.recent_slot[at + i])
         for i in range(n):
             slot = self.recent_slot[at + i]
-            v = self._record(b, slot)
-            if (
-                is_live(self.w64[v])
-                and self.w32[2 * v + F_HASH] == self.recent_hash[at + i]
-            ):
+            if self.w64[self._record(b, slot)] == self.recent_version[at + i]:
                 self._use(b, slot)
         return 0
 

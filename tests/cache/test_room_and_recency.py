@@ -109,37 +109,6 @@ def test_hits_of_few_keys_reach_other_processes(
     reader.end()
 
 
-def test_a_hit_of_a_number_that_is_overwritten_counts(make_cache: MakeCache) -> None:
-    """A hit that waits in the recency buffer counts although others have added to the
-    number since."""
-    if not shmcache.compiled:
-        pytest.skip("the interpreted engine has no hits that wait")
-    cache = make_cache(max_entries=20, cleanup_interval=3600)
-    cache["n"] = 1
-
-    def read(link: Connection) -> None:
-        with Cache.attach(cache.name) as mine:
-            assert mine.get("n") == 1
-            link.send("read")
-            link.recv()
-            mine["theirs"] = 1  # applies the hit
-            link.send("wrote")
-            link.recv()
-
-    reader = Peer(read)
-    reader.hear()
-    assert cache.incr("n") == 2
-    for n in range(10):
-        cache["before", n] = "page"
-    reader.say()
-    reader.hear()
-    for n in range(15):
-        cache["after", n] = "page"
-    assert cache.peek("n") == 2
-    reader.say()
-    reader.end()
-
-
 def test_hits_of_one_key_take_no_lock_if_nobody_writes(make_cache: MakeCache) -> None:
     """Reading the most recently used entry again and again is reading only."""
     if not shmcache.compiled:
