@@ -231,7 +231,7 @@ MEASURES = (
     ),
     Measure(
         *("recoveries", "recoveries", "counter", "{recovery}"),
-        "Shards taken over from dead processes, or rebuilt because of damage.",
+        "Shards taken over from processes that died, or stopped at the lock, or rebuilt.",
         lambda r: r.stats.recoveries,
     ),
     Measure(

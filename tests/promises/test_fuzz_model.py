@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import fuzz_map
 import pytest
-from amounts import amount
+from amounts import FUZZ_HISTORY_SECONDS, FUZZ_LOCK_STEP_SECONDS
 from fuzz_map import Model
 from fuzz_model import Disagreement, play
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SECONDS = {
-    "one-process": amount(2, 20, variable="SHMCACHE_FUZZ_SECONDS"),
-    "lock-step": amount(1, 10, variable="SHMCACHE_FUZZ_SECONDS"),
+    "one-process": FUZZ_HISTORY_SECONDS,
+    "lock-step": FUZZ_LOCK_STEP_SECONDS,
 }
 SEED = int(os.environ.get("SHMCACHE_SEED", "1"))
 HANGS = 300  # s; no operation takes so long

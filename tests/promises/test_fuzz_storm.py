@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import fuzz_storm
 import pytest
-from amounts import amount
+from amounts import FUZZ_STORM_SECONDS
 from fuzz_scenes import (
     CHAIN_TALLY,
     DONE,
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
     from shmcache import Cache
 
-SECONDS = amount(4, 30, interpreted=(3, 20), variable="SHMCACHE_FUZZ_SECONDS")
 SEED = int(os.environ.get("SHMCACHE_SEED", "0")) or secrets.randbits(32)
 
 
@@ -70,7 +69,7 @@ def test_what_is_read_proves_itself(
     print(f"SHMCACHE_SEED={SEED}")
     # It may be asked to run for hours, and watches itself.
     faulthandler.cancel_dump_traceback_later()
-    run = storm(name, scene, SECONDS / len(SCENES))
+    run = storm(name, scene, FUZZ_STORM_SECONDS / len(SCENES))
     assert run.returncode == 0, run.stderr[-5_000:]
     report = json.loads(run.stdout.splitlines()[-1])
     for what, number in report.items():

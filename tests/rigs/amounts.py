@@ -50,6 +50,12 @@ SIGNALS_THAT_CALL = amount(150, 500, interpreted=(60, 500))
 CLOSES = amount(100, 500, interpreted=(30, 500))
 FAIRNESS_SECONDS = amount(2, 2, variable="SHMCACHE_FAIRNESS_SECONDS")
 SPARE_PERMITS = amount(200_000, 200_000, interpreted=(3_000, 3_000))
+# Seconds that each test of the fuzzers plays.
+FUZZ_STORM_SECONDS = amount(
+    4, 30, interpreted=(3, 20), variable="SHMCACHE_FUZZ_SECONDS"
+)
+FUZZ_HISTORY_SECONDS = amount(2, 20, variable="SHMCACHE_FUZZ_SECONDS")
+FUZZ_LOCK_STEP_SECONDS = amount(1, 10, variable="SHMCACHE_FUZZ_SECONDS")
 INCREMENTS = amount(2_000, 10_000, interpreted=(300, 1_000))
 READS = amount(60_000, 250_000, interpreted=(8_000, 25_000))
 
