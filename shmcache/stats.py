@@ -43,8 +43,8 @@ class Stats:
         lock_waits: How often a process had to wait for a shard's lock.
         lock_wait_seconds: Time spent waiting.
         lock_timeouts: Waits that ended in LockTimeout.
-        recoveries: Takeovers from processes that died, or were stopped just as they took
-            or gave back the lock, and rebuilds of damaged shards.
+        recoveries: Takeovers from processes that died, or were stopped just as they
+            took or gave back the lock, and rebuilds of damaged shards.
         dropped: Entries that a rebuild had to give up.
         recovered: Entries found when a persistent cache was last taken into use again.
         handles_opened: Handles registered; this and the next three are 0 for a Cache.

@@ -231,7 +231,7 @@ MEASURES = (
     ),
     Measure(
         *("recoveries", "recoveries", "counter", "{recovery}"),
-        "Shards taken over from processes that died, or stopped at the lock, or rebuilt.",
+        "Shards taken over from dead or stopped processes, or rebuilt after damage.",
         lambda r: r.stats.recoveries,
     ),
     Measure(
