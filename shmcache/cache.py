@@ -200,8 +200,11 @@ class Cache(Member):
             if joined:
                 self._flush_quietly()
             self.closed = True
+            deadline = time.monotonic_ns() + self._timeout_ns
             try:
                 while joined and self._is_inside_elsewhere():
+                    if time.monotonic_ns() > deadline:
+                        break
                     time.sleep(0.000_1)
             finally:
                 self._unbind()

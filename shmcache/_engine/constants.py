@@ -134,14 +134,13 @@ COUNTS_AS_USE = cython.declare(cython.int, 1)
 WANTS_VALUE = cython.declare(cython.int, 2)
 
 # --- numbers that were chosen -----------------------------------------------------
-# The recency buffer holds this many hits of one process for each shard.  64 is far less
-# than the number of entries of any shard that several processes use, and moving 64
+# The recency buffer holds this many hits of one process for each shard, and fewer in a
+# small shard: an eighth of its entries.  Hits that are applied late rank higher than
+# what was used since, so together they must be a small part of the order.  Moving 64
 # entries whose records were prefetched costs little more than moving 64 cached ones.
 RECENCY_SIZE = 64
 RECENCY = cython.declare(cython.Py_ssize_t, RECENCY_SIZE)
-# If the buffer is full and the lock is taken, so many of the oldest hits are dropped;
-# then the lock is tried again after as many further hits.
-RECENCY_DROPPED = cython.declare(cython.Py_ssize_t, 16)
+RECENCY_SHARE = 8
 # Each insert also removes at most this many expired entries.
 EXPIRED_PER_INSERT = cython.declare(cython.Py_ssize_t, 4)
 # A reader tries this many optimistic reads before it queues up with the writers.

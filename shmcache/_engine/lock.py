@@ -202,30 +202,27 @@ class Lock(Rebuild):
         self.visit = seed
 
     def _is_inside_elsewhere(self) -> bool:
-        """Return whether another thread of this process holds a lock by this object.
+        """Stop operations from beginning; return whether other threads are inside one.
 
-        ``close()`` waits until it has left, which takes no longer than a write section.
-        A lock that this very thread holds, because a signal handler closes the cache
-        that it has interrupted, is given back.  The process must have joined.
+        ``close()`` waits until they have left, so that none loses a lock or a permit.
+        That takes no longer than a write section, or than one look of a waiter.  A lock
+        that this very thread holds, because a signal handler closes the cache that it
+        has interrupted, is given back.  The process must have joined.
         """
+        self.guard = memoryview(array("Q", [1]))  # no operation begins any more
         if cython.compiled:
             # A holder lets other threads run only while it hashes a large value.
-            self.guard = memoryview(array("Q", [1]))  # no operation begins any more
             return self.hashing > 0
         me = get_ident()
         for s, owner in list(self.owners.items()):
-            if self.w64[self._base(s) + S_HOLDER] != self.token:
-                continue
-            if owner == me:
+            if owner == me and self.w64[self._base(s) + S_HOLDER] == self.token:
                 self._leave_interrupted(s)
-            elif self.peers.runs_engine(owner, self):
-                return True
-        return False
+        return self.peers.others_run(self)
 
     def _leave_interrupted(self, s: int) -> None:
         # Give back the lock of a section that a signal handler of this thread has
         # interrupted (interpreted only), if the section is one of this object.
-        if self.peers.runs_engine(get_ident(), self):
+        if self.peers.interrupted(self):
             b = self._base(s)
             if self.w64[b + S_SEQ] & 1:
                 self._rebuild_and_log(s, b, 0)
@@ -379,7 +376,7 @@ class Lock(Rebuild):
             pass
         finally:
             self.inside.pop(me, None)
-            if self.closed:
+            if self.token == 0:
                 self._close_semaphores()
         return got
 
@@ -415,6 +412,7 @@ class Lock(Rebuild):
             self._require_open_after_sleep(s, got)
             if cython.compiled and got < 0:
                 PyErr_CheckSignals()
+                self._require_joined()  # a handler may have closed the cache
             if got > 0 and self._replace_holder(s, b, 0):
                 self._count_wait(b, started)
                 return True

@@ -55,7 +55,6 @@ if not cython.compiled:
         R_HITS,
         R_MISSES,
         RECENCY,
-        RECENCY_DROPPED,
         RICH_BYTE,
         S_HITS,
         S_IN_DOUBT,
@@ -269,11 +268,12 @@ class Lookup(Lock):
         self, s: Index, b: Index, slot: Index, version: Word
     ) -> cython.int:
         # Put a hit into the recency buffer.  A full buffer is applied if the lock is
-        # free; else its oldest part is dropped.
+        # free; else its oldest quarter is dropped, and the lock is tried again when the
+        # buffer is full again.
         at: Index = s * RECENCY
         n: Index = self.recent_count[s]
         r: Index = 2 * self._record(b, slot)
-        i: Index
+        cython.declare(i=Index, dropped=Index)
         if (
             n == 0
             and self.w32[r + F_LRU_PREV] == 0
@@ -282,20 +282,17 @@ class Lookup(Lock):
             # It is the most recently used entry already.  So processes that read one
             # key all the time do not take its lock again and again.
             return 0
-        if n == RECENCY:
+        if n == self.recency_limit:
             if self._try_acquire(s, b):
                 self._start(s, b)  # applies the buffer
                 self._end(s, b)
                 n = 0
             else:
-                n = RECENCY - RECENCY_DROPPED
+                dropped = (n + 3) // 4
+                n -= dropped
                 for i in range(n):
-                    self.recent_slot[at + i] = self.recent_slot[
-                        at + RECENCY_DROPPED + i
-                    ]
-                    self.recent_version[at + i] = self.recent_version[
-                        at + RECENCY_DROPPED + i
-                    ]
+                    self.recent_slot[at + i] = self.recent_slot[at + dropped + i]
+                    self.recent_version[at + i] = self.recent_version[at + dropped + i]
         self.recent_slot[at + n] = slot
         self.recent_version[at + n] = version
         self.recent_count[s] = n + 1

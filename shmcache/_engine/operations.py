@@ -61,7 +61,7 @@ class Engine(Numbers):
             peers: A ``Peers``, which answers questions about other processes.
         """
         self._bind_words(words, geometry, seed)
-        self._bind_recency(recency)
+        self._bind_recency(recency, min(settings.capacities))
         self.peers = peers
         self.codec = codec
         self.encode = codec.encode
@@ -328,10 +328,10 @@ if not cython.compiled:
             try:
                 return method(self, *args, **kwargs)
             except BaseException as error:
-                if self.token and self.guard[0] == self.token:
+                if self.token and (self.guard[0] == self.token or self.closed):
                     self._release_left(sys._getframe(1))  # noqa: SLF001
-                elif self.token == 0 and type(error) in OF_CLOSING:
-                    self._require_joined()  # says that another thread has closed it
+                if self.closed and type(error) in OF_CLOSING:
+                    self.peers.enter(self)  # says that another thread has closed it
                 raise
 
         return guarded

@@ -6,8 +6,8 @@ that makes no sense.  The lists may be in any state.
 Mechanism: the live records are the truth.  Each is examined (lengths, blocks that no
 other record has, hash of the key, checksum of the value) and given up if it is damaged;
 then all lists and counts are written anew from the others.  The order of the LRU ring
-is kept as far as its links hold, from both ends; entries that neither walk reached go
-to the end that is evicted first.
+is kept as far as its links hold, from both ends; an entry that neither walk reached was
+being inserted or moved to the front, and goes to the front.
 
 Death in the middle: until the lists are written, only the versions of damaged records
 are changed, and the next rebuild derives the lists again.  The ring is linked from the
@@ -306,6 +306,7 @@ class Rebuild(Entries):
         # Put the sound slots into the order of their use.  It only reads the shard.
         slots: Index = self.slots
         count: Index = 0
+        unmet: Index = 0
         cython.declare(slot=Index, i=Index)
         # First walk down from the most recently used one, as far as the links hold ...
         slot = self.w32[2 * self._record(b, 0) + F_LRU_NEXT]
@@ -325,11 +326,18 @@ class Rebuild(Entries):
         for i in range(tail, slots + 1):
             seen.order[count] = seen.order[i]
             count += 1
+        # What neither walk has met was just being inserted, or moved to the front.
         for slot in range(1, slots + 1):
             if seen.state[slot] == 1:
-                seen.order[count] = slot
-                count += 1
-        seen.count = count
+                unmet += 1
+        for i in range(count - 1, -1, -1):
+            seen.order[i + unmet] = seen.order[i]
+        i = 0
+        for slot in range(1, slots + 1):
+            if seen.state[slot] == 1:
+                seen.order[i] = slot
+                i += 1
+        seen.count = count + unmet
         return 0
 
     @cython.cfunc

@@ -32,6 +32,7 @@ if not cython.compiled:
         F_META,
         META_FETCHED,
         RECENCY,
+        RECENCY_SHARE,
         RECENCY_SIZE,
         Index,
         Word,
@@ -70,11 +71,18 @@ class Recency(Lists):
     recent_slot: cython.uint[::1]
     recent_version: cython.ulonglong[::1]
     recent_count: cython.uint[::1]
+    recency_limit: Index  # so many hits fill the buffer of a shard
     in_step: cython.bint  # see _fetch_block
 
-    def _bind_recency(self, buffers: Any) -> None:
-        """Use these buffers, which come from ``recency_buffers``."""
+    def _bind_recency(self, buffers: Any, capacity: int) -> None:
+        """Use these buffers, which come from ``recency_buffers``.
+
+        Args:
+            buffers: The three views.
+            capacity: How many entries a shard may hold.
+        """
         self.recent_slot, self.recent_version, self.recent_count = buffers
+        self.recency_limit = max(1, min(RECENCY_SIZE, capacity // RECENCY_SHARE))
         self.in_step = True
 
     @cython.cfunc

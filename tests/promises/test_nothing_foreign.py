@@ -11,13 +11,15 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sys
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from caught import shard_word
+from caught import ROOMY, Writer, shard_word, stop_inside
+from peers import PATIENCE
 
 import shmcache
 from shmcache import Cache, CacheClosed, SegmentCorrupt
@@ -414,19 +416,37 @@ def test_close_beside_threads_that_are_inside(
     assert other.stats().recoveries == 0
 
 
-def forked(body: Callable[[], object]) -> int:
-    """The exit code of a child that does something; 0 if it raised nothing."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            body()
-            code = 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+@pytest.mark.damaged  # else close() would be checked first, which waits for the lock
+@pytest.mark.parametrize("operation", ["set", "get", "incr", "pop"])
+def test_a_signal_handler_closes_the_cache_during_a_wait(
+    make_cache: Callable[..., Cache], name: str, operation: str
+) -> None:
+    """An operation that waits for a lock says CacheClosed if a handler closes the
+    cache meanwhile."""
+    cache = make_cache(name, **ROOMY, lock_timeout=PATIENCE)
+    other = make_cache(name, **ROOMY)
+    operations: dict[str, Callable[[], object]] = {
+        "set": lambda: cache.set("k", 1),
+        "get": lambda: cache.gets("k"),
+        "incr": lambda: cache.incr("k", initial=0),
+        "pop": lambda: cache.pop("k", None),
+    }
+    writer = Writer(other)
+    stop_inside(other, writer.pid, writer.token)
+    former = signal.signal(signal.SIGALRM, lambda *_: cache.close())
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(CacheClosed):
+            operations[operation]()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+        os.kill(writer.pid, signal.SIGCONT)
+        writer.say("end")
+        writer.end()
+    other["after"] = 1
+    assert other.stats().recoveries == 0
+    assert other.check() == []
 
 
 class ForkingCodec(Codec):

@@ -96,7 +96,8 @@ def test_reading_beside_a_writer_stopped_at_any_step(
             seen = read_all(scene, reader)
             for key, value in seen.items():
                 assert value in (scene.before[key], after[key], WAITED)
-                assert inside or value != WAITED
+                # Interpreted, a process may be stopped as it becomes the holder.
+                assert inside or value != WAITED or not shmcache.compiled
             assert not stay or scene.word(L.S_ENTRIES) == scene.entries
             end = signal.SIGKILL if step % 2 else signal.SIGCONT
             ended = zygote.end_stopped(end)
