@@ -87,6 +87,7 @@ META_FETCHED = cython.declare(cython.uint, L.META_FETCHED)
 META_KNOWN = cython.declare(cython.uint, L.META_FETCHED * 2 - 1)
 
 # --- a worker row -----------------------------------------------------------------
+SHARDS = cython.declare(cython.ulonglong, L.MAX_SHARDS)
 ROWS = cython.declare(cython.Py_ssize_t, L.ROWS)
 R_HITS = cython.declare(cython.Py_ssize_t, L.R_HITS)
 R_MISSES = cython.declare(cython.Py_ssize_t, L.R_MISSES)

@@ -217,11 +217,14 @@ class Entries(Wheel):
     def _log_eviction(self, b: Index, r: Index, cause: Index) -> cython.int:
         # The lock is held, so the log is written later: see _release in lock.py.
         meta: cython.uint = self.w32[r + F_META]
-        self.evicted_log.append(cause)
-        self.evicted_log.append(meta)
-        self.evicted_log.append(
-            self._copy_out(b, self.w32[r + F_BLOCK], 0, key_len_of(meta))
-        )
+        key: bytes = self._copy_out(b, self.w32[r + F_BLOCK], 0, key_len_of(meta))
+        if cython.compiled:
+            self.evicted_log.append(cause)
+            self.evicted_log.append(meta)
+            self.evicted_log.append(key)
+        else:
+            # In one step, because another thread may take the list away in between.
+            self.evicted_log.extend((cause, meta, key))
         self.has_news = True
         return 0
 

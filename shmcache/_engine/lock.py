@@ -401,6 +401,7 @@ class Lock(Rebuild):
         last_acquisitions: Word = self.w64[b + S_ACQUISITIONS]
         looks: cython.int = 0
         got: cython.int = 0
+        looked: Word = started
         if cython.compiled:
             if self._spin(s, b):
                 self._count_wait(b, started)
@@ -418,7 +419,9 @@ class Lock(Rebuild):
                 return True
             holder = self.w64[b + S_HOLDER]
             acquisitions = self.w64[b + S_ACQUISITIONS]
-            if got == 0:
+            # Signals may end every sleep early, but not keep this thread from looking.
+            if got == 0 or monotonic_ns() - looked >= LOOK_NS:
+                looked = monotonic_ns()
                 if self._take_over(
                     s,
                     b,
@@ -447,13 +450,12 @@ class Lock(Rebuild):
     @cython.final
     @cython.exceptval(-1)
     def _is_stuck(self, s: Index, b: Index) -> cython.bint:
-        # Return whether the holder is the one that was found to be stuck before, so
-        # that a reader need not wait to find that out again.
-        return (
-            self.stuck[s] != 0
-            and self.stuck[s] == self.w64[b + S_ACQUISITIONS]
-            and self.w64[b + S_HOLDER] != 0
-        )
+        # Return whether the holder is the one that was found to be stuck before, and
+        # lives, so that a reader need not wait to find that out again.
+        holder: Word = self.w64[b + S_HOLDER]
+        if self.stuck[s] == 0 or self.stuck[s] != self.w64[b + S_ACQUISITIONS]:
+            return False
+        return holder != 0 and not self.peers.is_dead(s, holder)
 
     @cython.cfunc
     @cython.final
@@ -584,8 +586,15 @@ class Lock(Rebuild):
                 dropped = self._rebuild(b)
                 self._put_word(b + S_SEQ, self.w64[b + S_SEQ] + 1)
             self._count(b + S_RECOVERIES, 1)
-            for fact in (s, dead, torn, dropped, monotonic_ns() - started):
-                self.repair_log.append(fact)
+            took: Word = monotonic_ns() - started
+            if cython.compiled:
+                self.repair_log.append(s)
+                self.repair_log.append(dead)
+                self.repair_log.append(torn)
+                self.repair_log.append(dropped)
+                self.repair_log.append(took)
+            else:
+                self.repair_log.extend((s, dead, torn, dropped, took))
             self.has_news = True
         except BaseException:
             # There was no memory.  SEQ stays odd, so the next holder rebuilds.

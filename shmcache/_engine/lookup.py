@@ -78,7 +78,7 @@ if not cython.compiled:
         key_bytes,
         unpack_ttl,
     )
-    from shmcache._format.fields import is_live, make_meta, tag_of
+    from shmcache._format.fields import is_live, make_meta, shard_of, tag_of
     from shmcache._format.values import decode_tagged
 
 
@@ -312,11 +312,15 @@ class Lookup(Lock):
         mode: cython.int,
     ) -> Any:
         # Do the same as _read_optimistic, but always with a certain answer.
+        visit: Word = self.visit
         now: Word = self._now()
         data: bytes = b""
         tag: cython.uint = 0
         slot: Index
-        h = self._hash(kb, kind)  # the clock may have forked, into a new segment
+        if visit != self.visit:  # the clock has forked
+            h = self._hash(kb, kind)
+            s = shard_of(h, self.shards)
+            b = self._base(s)
         if not self._try_acquire(s, b) and (
             self._is_stuck(s, b) or not self._wait(s, b, False)
         ):

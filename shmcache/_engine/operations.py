@@ -158,8 +158,8 @@ class Engine(Numbers):
         Raises:
             KeyError: The key is absent.
         """
-        now: Word = self._now()
         expires: Word = self._expiry(key)
+        now: Word = self._now()  # after the wait for the lock, if there was one
         if expires <= now:
             raise KeyError(key)
         if expires == NEVER:

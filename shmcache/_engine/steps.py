@@ -83,11 +83,21 @@ class Steps(Writes):
         return due != 0 and self._now() >= due
 
     def _flush_recency(self) -> None:
-        """Apply the recency buffers of this process to the LRU rings."""
-        s: Index
+        """Apply the recency buffers of this process to the LRU rings.
+
+        A shard whose holder is stuck is left out, because recency is not worth a long
+        wait.
+        """
+        cython.declare(s=Index, b=Index)
+        self._require_joined()
         for s in range(self.recent_count.shape[0]):
-            if self.recent_count[s]:
-                self._step(s, 0)
+            b = self._base(s)
+            if self.recent_count[s] and (
+                self._try_acquire(s, b)
+                or (not self._is_stuck(s, b) and self._wait(s, b, False))
+            ):
+                self._start(s, b)  # applies the buffer
+                self._end(s, b)
 
     def _scan(self, s: int, bucket: int, limit: int, values: bool) -> Any:
         """Copy about ``limit`` live entries of a shard, from a bucket on.

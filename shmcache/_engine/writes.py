@@ -35,6 +35,7 @@ if not cython.compiled:
         REPLACE,
         S_DUE,
         S_TOO_LARGE,
+        SHARDS,
         Index,
         Word,
     )
@@ -337,8 +338,7 @@ class Writes(Lookup):
     def _token_of(self, s: Index, b: Index, slot: Index) -> Word:
         # Return the token of a live entry.  Each shard counts its own versions, so the
         # shard is part of it.
-        shard: Word = cython.cast(Word, s)
-        return (self.w64[self._record(b, slot)] * self.shards + shard) & MASK64
+        return (self.w64[self._record(b, slot)] * SHARDS + s) & MASK64
 
     @cython.cfunc
     @cython.final

@@ -124,7 +124,8 @@ class Peers:
         if holder == attachment.token:
             who = f"another thread of this process ({os.getpid()})"
         elif holder:
-            who = f"process {attachment.pid(holder)}, which lives"
+            state = "which lives" if attachment.alive(holder) else "which has died"
+            who = f"process {attachment.pid(holder)}, {state}"
         else:
             who = "changing holders"
         return (
@@ -147,7 +148,9 @@ class Peers:
         """
         for shard, dead, rebuilt, dropped, ns in repairs:
             pid = self._attachment.pid(dead) if dead else 0
-            log.warning(
+            lost = dead != 0 and not generation_of(dead)  # nobody has signed as holder
+            log.log(
+                logging.INFO if lost and not self._any_dead() else logging.WARNING,
                 "shard %d of cache %s: %s; %s, %d entries dropped, in %.1f ms",
                 shard,
                 self._name,
@@ -180,6 +183,10 @@ class Peers:
                 },
             )
 
+    def _any_dead(self) -> bool:
+        attachment = self._attachment
+        return not all(map(attachment.alive, attachment.tokens()))
+
 
 def _shown_key(kind: int, data: bytes) -> str:
     try:
@@ -191,9 +198,9 @@ def _shown_key(kind: int, data: bytes) -> str:
 def _what_happened(dead: int, pid: int) -> str:
     if not dead:
         return "damage was met"
-    if not generation_of(dead):  # the placeholder for a holder that did not sign
-        # A process that was stopped between taking the permit and signing as holder
-        # looks the same.
+    if not generation_of(dead):
+        # A process that does not get to run between taking the permit and signing as
+        # holder looks the same as one that has died there.
         return "the permit of its lock was missing, of a process that died or stopped"
     return f"process {pid or 'unknown'} died holding its lock"
 

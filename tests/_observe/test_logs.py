@@ -467,3 +467,33 @@ def test_log_stats_checks_its_arguments(
         log_stats(1, cache, level="INFO")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="at least"):
         log_stats(1)
+
+
+def test_evictions_by_several_threads(
+    make_cache: Callable[..., Cache], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Threads that evict in different shards at once are logged each for itself."""
+    caplog.set_level(logging.DEBUG, "shmcache")
+    cache = make_cache(max_entries=40, shards=8)
+    raised: list[BaseException] = []
+
+    def fill(number: int) -> None:
+        try:
+            for n in range(300):
+                cache[f"{number} {n}"] = n
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=fill, args=(number,)) for number in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert raised == []
+    logged = [r for r in caplog.records if getattr(r, "event", "") == "evicted"]
+    assert len(logged) == cache.stats().evicted

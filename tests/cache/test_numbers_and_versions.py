@@ -294,14 +294,23 @@ def test_tokens_are_not_given_out_again_in_a_new_segment(
     """A token of a segment that has gone fits no entry of the one that took its place,
     and the tokens of a key go on growing."""
     tokens: list[int] = []
-    for _ in range(3):
-        with Cache(name, max_entries=10) as cache:
+    for shards in (8, 4, 1, 2):
+        with Cache(name, max_entries=10, shards=shards) as cache:
             for value in range(5):
                 cache["k"] = value
                 for token in tokens:
                     assert cache.cas("k", "by an old token", token) is False
                 tokens.append(cache.gets("k")[1])
     assert tokens == sorted(set(tokens))
+
+
+def test_no_two_shards_give_out_a_token(make_cache: MakeCache) -> None:
+    """The tokens of all entries differ, in whatever shards they are."""
+    cache = make_cache(max_entries=1000, shards=8)
+    for n in range(500):
+        cache[n] = n
+    tokens = {cache.gets(n)[1] for n in range(500)}
+    assert len(tokens) == 500
 
 
 def test_tokens_are_not_given_out_again_after_damage(make_cache: MakeCache) -> None:

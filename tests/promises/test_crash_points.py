@@ -141,6 +141,23 @@ def test_1_death_at_any_step_costs_at_most_the_entry_in_flight(
     record_property("crash points", len(visited))
 
 
+@pytest.mark.parametrize("scene", ["get_that_moves"], indirect=True)
+def test_1_an_entry_that_was_being_used_is_not_the_next_to_go(
+    scene: Scene, interpreted_env: dict[str, str]
+) -> None:
+    """If a process dies while it moves an entry to the front, the entry is there, or
+    still in its place."""
+    with scene.zygote(interpreted_env) as zygote:
+        whole = zygote.order(scene.name, FOR_EVER)
+        moved = scene.order_of_use()
+        for step in range(whole.steps):
+            scene.restore()
+            zygote.order(scene.name, step)
+            scene.cache._step(0, 0)
+            assert scene.order_of_use() in (scene.before_order, moved)
+            scene.attachment.reap()
+
+
 # First deaths after which there is much to repair, and the number of the step.
 TORN = [
     ("overwrite_by_larger", 0.3),

@@ -113,6 +113,53 @@ def test_2_stopped_process_that_is_killed_is_robbed(
     assert cache.stats().recoveries == 1
 
 
+@pytest.mark.parametrize("fate", ["stopped", "killed"])
+def test_2_signals_do_not_keep_a_waiter_from_looking(
+    make_cache: Callable[..., Cache], fate: str
+) -> None:
+    """A process that gets a signal every few ms finds out, too, that the holder of a
+    lock is stuck, or has died."""
+    cache = make_cache(**ROOMY, lock_timeout=PATIENCE)
+    cache["there"] = "value"
+    writer = Writer(cache)
+    stop_inside(cache, writer.pid, writer.token)
+    former = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+    try:
+        if fate == "killed":
+            writer.kill()
+            cache["there"] = "other"
+        else:
+            assert cache.get("absent") is None
+            os.kill(writer.pid, signal.SIGCONT)
+            writer.say("end")
+            writer.end()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    assert cache["there"] == ("other" if fate == "killed" else "value")
+    assert cache.stats().lock_timeouts == 0
+    is_sound(cache)
+
+
+@pytest.mark.damaged  # else close() would be checked first, which waits for the lock
+def test_2_closing_does_not_wait_for_a_stopped_process(
+    make_cache: Callable[..., Cache], name: str
+) -> None:
+    """close() gives its recency up rather than to wait for the lock."""
+    cache = make_cache(name, **ROOMY, lock_timeout=PATIENCE)
+    cache["there"] = "value"
+    with Cache.attach(name, lock_timeout=PATIENCE) as other:
+        writer = Writer(cache)
+        stop_inside(cache, writer.pid, writer.token)
+        assert other["there"] == "value"
+    os.kill(writer.pid, signal.SIGCONT)
+    writer.say("end")
+    writer.end()
+    assert cache.stats().lock_timeouts == 0
+    is_sound(cache)
+
+
 # --- 3. liveness ----------------------------------------------------------------
 
 
