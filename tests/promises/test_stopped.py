@@ -88,7 +88,9 @@ def test_reading_beside_a_writer_stopped_at_any_step(
         # Are keys only overwritten?
         stay = present(scene.before) == present(after)
         stay = stay and scene.entries == scene.word(L.S_ENTRIES)
-        visited = points(whole.steps, EVERY_STOP, scene.name)
+        # Only one of its steps lies between the two stores that matter.
+        every = 1 if scene.name == "touch_that_shortens_sliding" else EVERY_STOP
+        visited = points(whole.steps, every, scene.name)
         for step in visited:
             scene.restore()
             answer = zygote.stop(scene.name, step)
@@ -100,9 +102,9 @@ def test_reading_beside_a_writer_stopped_at_any_step(
                 # Interpreted, a process may be stopped as it becomes the holder.
                 assert inside or value != WAITED or not shmcache.compiled
             assert not stay or scene.word(L.S_ENTRIES) == scene.entries
-            end = signal.SIGKILL if step % 2 else signal.SIGCONT
+            end = signal.SIGKILL if step % 2 and every > 1 else signal.SIGCONT
             ended = zygote.end_stopped(end)
-            assert ended.code == (-signal.SIGKILL if step % 2 else 0)
+            assert ended.code == (-end if end == signal.SIGKILL else 0)
             found = scene.content()
             for key, value in seen.items():
                 if value == after[key] != scene.before[key]:
