@@ -139,7 +139,9 @@ class Lock(Rebuild):
     pysems: Any  # interpreted: posix_ipc's objects
     opened: Any  # whichever of the two is used, for close_semaphores
     waiting: cython.int  # compiled: threads of this process that sleep on a semaphore
-    inside: dict  # interpreted: threads that use a semaphore, and of which shard
+    # Interpreted: threads that wait for a lock of this object, or hold one, and the
+    # shard of it.
+    inside: dict
     owners: Any  # interpreted: shard -> the thread that holds its lock
     # ACQUISITIONS of each shard when its holder was last found to be stuck.
     stuck: cython.ulonglong[::1]
@@ -214,19 +216,19 @@ class Lock(Rebuild):
             # A holder lets other threads run only while it hashes a large value.
             return self.hashing > 0
         me = get_ident()
-        for s, owner in list(self.owners.items()):
-            if owner == me and self.w64[self._base(s) + S_HOLDER] == self.token:
-                self._leave_interrupted(s)
-        return self.peers.others_run(self)
+        if me in self.inside:
+            self._leave_interrupted(self.inside[me])
+        return len(self.inside) > 0
 
     def _leave_interrupted(self, s: int) -> None:
         # Give back the lock of a section that a signal handler of this thread has
-        # interrupted (interpreted only), if the section is one of this object.
-        if self.peers.interrupted(self):
-            b = self._base(s)
+        # interrupted (interpreted only).
+        b = self._base(s)
+        if self.owners.get(s) == get_ident() and self.w64[b + S_HOLDER] == self.token:
             if self.w64[b + S_SEQ] & 1:
                 self._rebuild_and_log(s, b, 0)
             self._release(s, b)
+        self.inside.pop(get_ident(), None)
 
     def _unbind(self) -> None:
         """Let go of the views, so that the mapping can be closed.
@@ -343,7 +345,12 @@ class Lock(Rebuild):
                 return False  # a spare permit, which is dropped
             self._count(b + S_ACQUISITIONS, 1)
             return True
-        return self._take_permit(s, 0) and self._hold_interpreted(s, b)
+        if not self._take_permit(s, 0):
+            return False
+        if self._hold_interpreted(s, b):
+            return True
+        self._leave_inside()
+        return False
 
     @cython.cfunc
     @cython.final
@@ -354,6 +361,7 @@ class Lock(Rebuild):
             sem_post(self.sems[s])
         else:
             self.pysems[s].release()
+            self._leave_inside()
         return 0
 
     def _take_permit(self, s: int, timeout: float) -> bool:
@@ -375,10 +383,15 @@ class Lock(Rebuild):
         except (BusyError, IndexError):
             pass
         finally:
-            self.inside.pop(me, None)
-            if self.token == 0:
-                self._close_semaphores()
+            if not got:
+                self._leave_inside()
         return got
+
+    def _leave_inside(self) -> None:
+        # This thread does not use the semaphores any more (interpreted only).
+        self.inside.pop(get_ident(), None)
+        if self.token == 0:
+            self._close_semaphores()
 
     def _hold_interpreted(self, s: int, b: int) -> bool:
         # Become the holder, with the permit taken.  Return False if the permit is a
@@ -417,6 +430,8 @@ class Lock(Rebuild):
             if got > 0 and self._replace_holder(s, b, 0):
                 self._count_wait(b, started)
                 return True
+            if not cython.compiled:
+                self._leave_inside()  # a spare permit is dropped
             holder = self.w64[b + S_HOLDER]
             acquisitions = self.w64[b + S_ACQUISITIONS]
             # Signals may end every sleep early, but not keep this thread from looking.
@@ -556,6 +571,7 @@ class Lock(Rebuild):
             if not alone or self.w64[b + S_HOLDER] != holder:
                 return False
             self.owners[s] = get_ident()
+            self.inside[get_ident()] = s
             self.w64[b + S_HOLDER] = self.token
             self._count(b + S_ACQUISITIONS, 1)
             return True
@@ -613,6 +629,7 @@ class Lock(Rebuild):
             frame = frame.f_back
         self.peers.end_recoveries()
         me = get_ident()
+        self.inside.pop(me, None)
         for s, owner in list(self.owners.items()):
             b = self._base(s)
             if owner == me and self.w64[b + S_HOLDER] == self.token:

@@ -10,9 +10,9 @@ is kept as far as its links hold, from both ends; an entry that neither walk rea
 being inserted or moved to the front, and goes to the front.
 
 Death in the middle: until the lists are written, only the versions of damaged records
-are changed, and the next rebuild derives the lists again.  The ring is linked from the
-most recently used entry on, each link in place of the old one, so that a second rebuild
-finds the same order.
+are changed, and the next rebuild derives the lists again.  The ring is linked from its
+end on, each link in place of the old one, so that a second rebuild finds the same
+order.
 
 The caller holds the lock.
 """
@@ -428,17 +428,23 @@ class Rebuild(Entries):
     @cython.final
     @cython.exceptval(-1)
     def _relink_ring(self, b: Index, seen: Examined) -> cython.int:
-        # Link the LRU ring.  This is safe at every store: the new links lead down from
-        # the most recently used entry, and all others are still the old ones.
+        # Link the LRU ring.  The links down are stored first, from the end on.  So at
+        # each store the old links lead to the new ones, and a second rebuild finds the
+        # same order.  Then come the links up, which it does not need any more.
+        after: Index = 0
         before: Index = 0
         cython.declare(slot=Index, i=Index)
+        for i in range(seen.count - 1, -1, -1):
+            slot = seen.order[i]
+            if is_live(self.w64[self._record(b, slot)]):
+                self.w32[2 * self._record(b, slot) + F_LRU_NEXT] = after
+                after = slot
+        self.w32[2 * self._record(b, 0) + F_LRU_NEXT] = after
         for i in range(seen.count):
             slot = seen.order[i]
             if is_live(self.w64[self._record(b, slot)]):
-                self.w32[2 * self._record(b, before) + F_LRU_NEXT] = slot
                 self.w32[2 * self._record(b, slot) + F_LRU_PREV] = before
                 before = slot
-        self.w32[2 * self._record(b, before) + F_LRU_NEXT] = 0
         self.w32[2 * self._record(b, 0) + F_LRU_PREV] = before
         return 0
 

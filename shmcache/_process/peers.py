@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shmcache")
 
-# Modules outside this package whose Python functions the interpreted engine calls.
-_CALLED_BY_ENGINE = frozenset({"contextlib", "enum", "signal", "threading"})
-
 
 class Peers:
     """The processes and threads that share one segment with an engine.
@@ -64,32 +61,6 @@ class Peers:
             return True  # this is not a nested call: check_reentry has excluded that
         frame = sys._current_frames().get(owner or 0)  # noqa: SLF001
         return not any(map(_in_engine, _frames(frame)))
-
-    def others_run(self, engine: object) -> bool:
-        """Return whether another thread is inside an operation of an engine.
-
-        A thread that runs a codec or a clock does not count: it holds nothing, and may
-        take any time.
-
-        Args:
-            engine: An engine that is not compiled.
-        """
-        me = threading.get_ident()
-        threads = sys._current_frames()  # noqa: SLF001
-        return any(
-            _is_inside(_frames(frame), engine)
-            for thread, frame in threads.items()
-            if thread != me
-        )
-
-    def interrupted(self, engine: object) -> bool:
-        """Return whether this thread has interrupted an operation of an engine.
-
-        Args:
-            engine: An engine that is not compiled, and that this thread is calling.
-        """
-        frames = _callers(_frames(sys._getframe()))  # noqa: SLF001
-        return any(_is_of(frame, engine) for frame in frames)
 
     def check_reentry(self, shard: int) -> None:
         """Raise ReentrantCall if this thread waits for a lock that it holds itself."""
@@ -217,21 +188,6 @@ def _callers(frames: Iterator[FrameType]) -> Iterator[FrameType]:
         if not frame.f_globals.get("__name__", "").startswith("shmcache."):
             break
     return frames
-
-
-def _is_of(frame: FrameType, engine: object) -> bool:
-    return _in_engine(frame) and frame.f_locals.get("self") is engine
-
-
-def _is_inside(frames: Iterator[FrameType], engine: object) -> bool:
-    # Only what the engine itself calls may stand between its frame and the innermost.
-    for frame in frames:
-        if _is_of(frame, engine):
-            return True
-        name: str = frame.f_globals.get("__name__", "")
-        if not name.startswith("shmcache.") and name not in _CALLED_BY_ENGINE:
-            return False
-    return False
 
 
 def _in_engine(frame: FrameType) -> bool:

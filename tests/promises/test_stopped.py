@@ -110,8 +110,10 @@ def test_reading_beside_a_writer_stopped_at_any_step(
                 if value == after[key] != scene.before[key]:
                     assert found[key] == value
             # Readers have not renewed by a time that was taken back.
-            assert end == signal.SIGKILL or scene.times_left() == after_left
+            assert every > 1 or scene.times_left() == after_left
             assert scene.cache.check() == []
+            while scene.permits() > 1:  # a reader may have gone in without one
+                take_spare(scene)
             scene.attachment.reap()
     record_property("stops", len(visited))
 

@@ -237,8 +237,11 @@ class Worker:
             act: Stores a value with a mark and a TTL.
         """
         ttl = self.random.choice([0.001, 0.005, 0.02, 0.05])
+        made = self.words[SEQUENCE]
         result = act(time.monotonic_ns() + round(ttl * 1e9), ttl)
         over = time.monotonic_ns() + round(ttl * 1e9)
+        if self.words[SEQUENCE] == made:
+            return result  # no value was made; that of the last number lives on
         self.words[EXPIRING + at] = 0
         self.words[EXPIRED_BY + at] = over
         self.words[EXPIRING + at] = self.words[SEQUENCE]
