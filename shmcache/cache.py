@@ -199,8 +199,8 @@ class Cache(Member):
             joined = self._attachment.entered() and bool(self._attachment.words)
             if joined:
                 self._flush_quietly()
-            self.closed = True
             deadline = time.monotonic_ns() + self._timeout_ns
+            self.closed = True
             try:
                 while joined and self._is_inside_elsewhere():
                     if time.monotonic_ns() > deadline:

@@ -160,11 +160,11 @@ class Writes(Lookup):
         now: Word = self._now()
         if visit != self.visit:
             kind, h, s, b = self._place(key, kb)
-        checksum32: cython.uint = self._checksum(data, h & MASK32, tag)
         expires: Word = now + ns if ns else NEVER
         version: Word = 0
         slot: Index
         self._require_fits(s, b, len(kb), len(data))
+        checksum32: cython.uint = self._checksum(data, h & MASK32, tag)
         self._begin(s, b)
         try:
             if now >= self.w64[b + S_DUE] and self.w64[b + S_DUE]:
@@ -227,7 +227,8 @@ class Writes(Lookup):
     def _take(self, key: Any) -> Any:
         # Remove an entry, and return its value, or ABSENT.  The codec may refuse the
         # bytes, and then the entry must stay.  So what only the codec can decode is
-        # removed at a second visit, if it still has the version that was decoded.
+        # removed under a second hold of the lock, if its version is still the one that
+        # was decoded.
         kb: bytes = key_bytes(key)
         cython.declare(kind=cython.uint, h=Word, s=Index, b=Index, slot=Index)
         now: Word
