@@ -44,6 +44,7 @@ if not cython.compiled:
         PATIENCE,
         S_ACQUISITIONS,
         S_HOLDER,
+        S_LATE_USE,
         S_LOCK_BUCKETS,
         S_LOCK_TIMEOUTS,
         S_LOCK_WAIT_NS,
@@ -267,7 +268,7 @@ class Lock(Rebuild):
         if self.w64[b + S_SEQ] & 1:
             self._rebuild_and_log(s, b, 0)
         self._put_word(b + S_SEQ, self.w64[b + S_SEQ] + 1)
-        if self.recent_count[s]:
+        if self.recent_count[s] or self.w64[b + S_LATE_USE]:
             try:
                 self._apply_recency(s, b)
             except BaseException as error:

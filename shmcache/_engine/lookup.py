@@ -58,6 +58,7 @@ if not cython.compiled:
         RICH_BYTE,
         S_HITS,
         S_IN_DOUBT,
+        S_LATE_USE,
         S_MISSES,
         S_REDO_CHECKSUM,
         S_REDO_SLOT,
@@ -278,6 +279,7 @@ class Lookup(Lock):
             n == 0
             and self.w32[r + F_LRU_PREV] == 0
             and self.w32[r + F_META] & META_FETCHED
+            and self.w64[b + S_LATE_USE] == 0
         ):
             # It is the most recently used entry already.  So processes that read one
             # key all the time do not take its lock again and again.

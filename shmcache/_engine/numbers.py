@@ -142,9 +142,6 @@ class Numbers(Mailbox):
         try:
             slot = self._find_live(b, h, kind, kb, now)
             if slot:
-                if cython.compiled:
-                    # They will be needed when the number has been dealt with.
-                    self._fetch_neighbours(b, slot)
                 number = self._number_at(b, slot, h)
                 data = None
                 if number is not None:
@@ -243,7 +240,7 @@ class Numbers(Mailbox):
                 and ttl == self.w32[2 * v + F_TTL]
             ):
                 self._begin_rewrite(b, slot, data, checksum32)
-                self._use(b, slot)
+                self._use_late(b, slot)
                 self._count(b + S_GONE + REPLACED, 1)
                 self._count(b + S_SETS, 1)
                 self.w32[2 * v + F_STAMP] = self._stamp(now)

@@ -67,6 +67,7 @@ if not cython.compiled:
         S_GONE,
         S_IN_DOUBT,
         S_IN_FLIGHT,
+        S_LATE_USE,
         S_MAILBOX_HEAD,
         S_SEQUENCE,
         S_TICK,
@@ -154,6 +155,11 @@ class Rebuild(Entries):
         self._empty_lists(b)
         self._readmit(b, seen)
         self._relink_ring(b, seen)
+        late: Word = self.w64[b + S_LATE_USE]
+        if late > cython.cast(Word, self.slots) or not is_live(
+            self.w64[self._record(b, cython.cast(Index, late))]
+        ):
+            self.w64[b + S_LATE_USE] = 0
         self._refree_slots(b)
         self._refree_blocks(b, seen)
         if self.notify:

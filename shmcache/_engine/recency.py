@@ -13,6 +13,11 @@ If an entry has been overwritten since a hit, its version differs, and the hit i
 dropped: every overwrite, also one in place, is a use, which was applied at once and is
 the later one.
 
+An increment is a use at once, but the holder of the lock would have to wait until its
+stores to the neighbours in the ring arrive in memory.  So it writes the slot into the
+shard's word ``late use`` and fetches the neighbours; whoever takes the lock next moves
+the entry before all else.  Nobody evicts without the lock, so nobody sees a difference.
+
 Death in the middle: the buffer of the process is lost, which costs recency and nothing
 else.  A ring that is half changed is rebuilt by the next holder of the lock.
 """
@@ -34,10 +39,12 @@ if not cython.compiled:
         RECENCY,
         RECENCY_SHARE,
         RECENCY_SIZE,
+        S_LATE_USE,
         Index,
         Word,
     )
     from shmcache._engine.lists import Lists
+    from shmcache._format.fields import is_live
 
 
 if cython.compiled:
@@ -110,10 +117,30 @@ class Recency(Lists):
 
     @cython.cfunc
     @cython.final
+    @cython.inline
+    @cython.exceptval(-1)
+    def _use_late(self, b: Index, slot: Index) -> cython.int:
+        # Make an entry the most recently used, as far as anyone can tell: the next
+        # holder of the lock moves it before all else.
+        r: Index = 2 * self._record(b, slot)
+        if self.w32[r + F_LRU_PREV] or not self.w32[r + F_META] & META_FETCHED:
+            self.w64[b + S_LATE_USE] = slot
+            if cython.compiled:
+                self._fetch_neighbours(b, slot)
+        return 0
+
+    @cython.cfunc
+    @cython.final
     @cython.exceptval(-1)
     def _apply_recency(self, s: Index, b: Index) -> cython.int:
-        # Empty the buffer of a shard into its ring; the caller holds the lock.
+        # Apply the late use of a shard, then empty the buffer into its ring; the caller
+        # holds the lock.  The word is cleared last: to move an entry twice is harmless.
         at: Index = s * RECENCY
+        late: Index = cython.cast(Index, self.w64[b + S_LATE_USE])
+        if late:
+            if is_live(self.w64[self._record(b, late)]):
+                self._use(b, late)
+            self.w64[b + S_LATE_USE] = 0
         n: Index = self.recent_count[s]
         cython.declare(i=Index, r=Index, slot=Index)
         self.recent_count[s] = 0

@@ -540,6 +540,10 @@ def _check_counts(s: _Reader) -> None:
     # A holder that leaves has put every live key into its chain.
     if words[fmt.S_IN_DOUBT]:
         s.say(f"in doubt is {words[fmt.S_IN_DOUBT]:#x}, but nobody writes")
+    # The entry that the next holder moves to the front is still there.
+    late = words[fmt.S_LATE_USE]
+    if late and (late >= len(s.is_live) or not s.is_live[late]):
+        s.say(f"late use names slot {late}, which holds no entry")
     # A slot that was never used holds no entry.
     beyond = [slot for slot in s.live if slot > s.fresh_slot]
     if beyond:

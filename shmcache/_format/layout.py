@@ -164,6 +164,9 @@ S_REDO_CHECKSUM = 20
 # its hash, while it is overwritten and both records do not fit; ALL_IN_DOUBT in a
 # rebuild; 0 = none.  It concerns readers that do not wait for a writer that is stopped.
 S_IN_DOUBT = 21
+# The slot of the entry that was used last, if the LRU ring does not say so yet: the
+# next holder of the lock moves it to the front, see recency.py; 0 = none.
+S_LATE_USE = 22
 # From here on there are counters.
 S_HITS = 24  # hits of the interpreted engine, which reads under the lock
 S_MISSES = 25

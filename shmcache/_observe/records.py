@@ -294,10 +294,19 @@ class RecordReader(MappedSegment):
             The slots, the most recently used first; None if no copy of one moment could
             be made.
         """
-        links, stable = stable_read(
-            self.w64, self.base(shard), lambda: self.column(shard, L.F_LRU_NEXT)
+        copy, stable = stable_read(
+            self.w64,
+            self.base(shard),
+            lambda: (self.column(shard, L.F_LRU_NEXT), self._late_use(shard)),
         )
-        return _walk(links) if stable else None
+        if not stable:
+            return None
+        links, late = copy
+        slots = _walk(links)
+        if late in slots:
+            slots.remove(late)
+            slots.insert(0, late)
+        return slots
 
     def newest(self, shard: int, count: int) -> list[int]:
         """Return the slots of a shard that were used most recently.
@@ -309,10 +318,12 @@ class RecordReader(MappedSegment):
         first = self.record_at(shard, 0) // 4 + L.F_LRU_NEXT
 
         def walk() -> list[int]:
-            slots: list[int] = []
+            late = self._late_use(shard)
+            slots = [late] if 0 < late <= self.header.geometry.slots else []
             slot = self.w32[first]
             while 0 < slot <= self.header.geometry.slots and len(slots) < count:
-                slots.append(slot)
+                if slot != late:
+                    slots.append(slot)
                 slot = self.w32[first + slot * L.RECORD_WORDS]
             return slots
 
@@ -320,6 +331,10 @@ class RecordReader(MappedSegment):
             self.w64, self.base(shard), walk, attempts=NEWEST_ATTEMPTS
         )
         return slots if stable else []
+
+    def _late_use(self, shard: int) -> int:
+        # The entry that was used last, if the ring does not say so yet.
+        return self.w64[self.base(shard) + L.S_LATE_USE]
 
     def largest(self, count: int) -> list[Entry]:
         """Return the ``count`` entries with the most bytes, largest first; O(slots)."""

@@ -945,7 +945,7 @@ def test_every_bit_of_the_shard_words() -> None:
         *counters,
         *("S_SEQ", "S_ACQUISITIONS", "S_SEQUENCE", "S_TICK", "S_DUE"),
         *("S_REDO_VERSION", "S_REDO_VALUE", "S_REDO_CHECKSUM"),
-        *("in-flight hash", "in-flight token"),
+        *("S_LATE_USE", "in-flight hash", "in-flight token"),
     }
 
 
