@@ -16,6 +16,7 @@ import statistics
 import struct
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 from _bench import heading, table, verdict
 
@@ -95,6 +96,53 @@ def throughput(
     return float(total)
 
 
+class Contention:
+    """Throughput of several processes on one cache.
+
+    Args:
+        seconds: How long each measurement takes.
+        entries: How many entries the cache has.
+    """
+
+    # Each row of the table: what the processes do, how many there are, and how many
+    # times the throughput of one process they must reach together.
+    plans: ClassVar[dict[str, tuple[Work, int, float | None]]] = {
+        "get, 2 processes": (reading, 2, 1.8),
+        "get, 4 processes": (reading, 4, None),
+        "set, 2 processes": (writing, 2, None),
+        "set, 4 processes": (writing, 4, 0.7),
+        "set, 8 processes": (writing, 8, None),
+        "incr of one key, 4 processes": (counting, 4, None),
+        "9 get : 1 set, 4 processes": (mixed, 4, None),
+    }
+
+    def __init__(self, seconds: float, entries: int = ENTRIES) -> None:
+        self._seconds = seconds
+        self._keys = [f"user:{i:015d}" for i in range(entries)]
+        self.cache = Cache(
+            f"contention-{os.getpid()}", max_entries=entries + entries // 10
+        )
+        for key in self._keys:
+            self.cache.set(key, VALUE)
+
+    def names(self) -> list[str]:
+        """Return what can be measured."""
+        return list(self.plans)
+
+    def rate(self, name: str, processes: int | None = None) -> float:
+        """Return the operations per second of a plan, by default with its processes."""
+        work, n, _ = self.plans[name]
+        return throughput(self.cache, self._keys, work, processes or n, self._seconds)
+
+    def time(self, name: str) -> float:
+        """Return the nanoseconds of all processes together for one operation."""
+        return 1e9 / self.rate(name)
+
+    def close(self) -> None:
+        """Remove the cache."""
+        self.cache.close()
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -103,39 +151,29 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    plans: list[tuple[str, Work, int, float | None]] = [
-        ("get, 2 processes", reading, 2, 1.8),
-        ("get, 4 processes", reading, 4, None),
-        ("set, 2 processes", writing, 2, None),
-        ("set, 4 processes", writing, 4, 0.7),
-        ("set, 8 processes", writing, 8, None),
-        ("incr of one key, 4 processes", counting, 4, None),
-        ("9 get : 1 set, 4 processes", mixed, 4, None),
-    ]
-    keys = [f"user:{i:015d}" for i in range(ENTRIES)]
-    name = f"contention-{os.getpid()}"
-    with Cache(name, max_entries=ENTRIES + ENTRIES // 10) as cache:
-        for key in keys:
-            cache.set(key, VALUE)
-        rows = []
-        for title, work, n, target in plans:
-            ones, many = [], []
-            for _ in range(options.rounds):
-                ones.append(throughput(cache, keys, work, 1, options.seconds))
-                many.append(throughput(cache, keys, work, n, options.seconds))
-            ratio = statistics.median(b / a for a, b in zip(ones, many, strict=True))
-            rows.append(
-                [
-                    title,
-                    f"{statistics.median(ones) / 1e3:.0f}",
-                    f"{statistics.median(many) / 1e3:.0f}",
-                    f"{ratio:.2f}",
-                    "" if target is None else f">= {target}",
-                    verdict(ratio, target, at_least=True),
-                ]
-            )
-        heading(f"Contention, {ENTRIES:,} entries, {cache.stats().shards} shards")
-        table(["what", "1 process, k/s", "all, k/s", "ratio", "target", ""], rows)
+    contention = Contention(options.seconds)
+    rows = []
+    for name, (_, _, target) in contention.plans.items():
+        ones, many = [], []
+        for _ in range(options.rounds):
+            ones.append(contention.rate(name, 1))
+            many.append(contention.rate(name))
+        ratio = statistics.median(b / a for a, b in zip(ones, many, strict=True))
+        rows.append(
+            [
+                name,
+                f"{statistics.median(ones) / 1e3:.0f}",
+                f"{statistics.median(many) / 1e3:.0f}",
+                f"{ratio:.2f}",
+                "" if target is None else f">= {target}",
+                verdict(ratio, target, at_least=True),
+            ]
+        )
+    heading(
+        f"Contention, {ENTRIES:,} entries, {contention.cache.stats().shards} shards"
+    )
+    table(["what", "1 process, k/s", "all, k/s", "ratio", "target", ""], rows)
+    contention.close()
 
 
 if __name__ == "__main__":

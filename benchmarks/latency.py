@@ -113,6 +113,10 @@ class Operations:
             "a dict's lookup alone": (lookup, "floor: get", None),
         }
 
+    def names(self) -> list[str]:
+        """Return what can be measured."""
+        return [*self.floors, *self.runs]
+
     def time(self, name: str) -> float:
         """Return the mean time (ns) of an operation, over one chunk of random keys."""
         keys, dice, entries = self.keys, self._dice, self.entries
@@ -140,8 +144,7 @@ class Operations:
 def latency(entries: int, rounds: int) -> None:
     """Print the table of single operations."""
     operations = Operations(entries)
-    names = (*operations.floors, *operations.runs)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in operations.names()}
     for _ in range(rounds):
         for name, taken in times.items():
             taken.append(operations.time(name))
