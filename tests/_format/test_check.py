@@ -604,6 +604,8 @@ DAMAGES = [
     shard(fmt.S_DUE, at_tick(TICK - 9) + 1, "slot 7: expires before due"),
     shard(fmt.S_DUE, NEVER, "slots 2, 3, 4, 5 and 2 more: expires before due"),
     shard(fmt.S_REDO_SLOT, 3, "a number of slot 3 is being overwritten"),
+    shard(fmt.S_LATE_USE, 10, "late use names slot 10, which holds no entry"),
+    shard(fmt.S_LATE_USE, HUGE, f"late use names slot {HUGE}, which holds no entry"),
     shard(fmt.S_HITS, HUGE, "hits is"),
     shard(fmt.S_GONE + 7, 1, "word 35 counts 1 entries gone for no known cause"),
     shard(fmt.S_UNREAD, 4, "4 entries evicted unread, of 3 evicted"),

@@ -13,6 +13,7 @@ from peers import Peer
 import shmcache
 from shmcache import Cache
 from shmcache._format import layout as fmt
+from shmcache._observe.snapshot import Segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -286,6 +287,71 @@ def test_counter_in_use_is_not_the_least_recently_used(make_cache: MakeCache) ->
         assert peer.hear() == 2 * n
     peer.say(0)
     peer.end()
+
+
+def test_increment_and_hits_in_their_order(make_cache: MakeCache) -> None:
+    """An increment is a use that comes after the hits before it and before the hits
+    after it, also of the entry that was the most recently used one until then."""
+    cache = make_cache(max_entries=4)
+    cache.update(a=1, b=2, c=3, d=4)
+    cache.get("d")
+    cache._flush_recency()
+    cache.get("b")
+    cache.incr("a")
+    cache.get("b")
+    assert by_age(cache) == ["c", "d", "a", "b"]
+    cache.update(a=1, b=2, c=3, d=4)
+    cache.get("d")
+    cache._flush_recency()
+    cache.incr("a")
+    cache.get("d")
+    assert by_age(cache) == ["b", "c", "a", "d"]
+
+
+def test_increment_is_a_use_for_all_who_look(make_cache: MakeCache) -> None:
+    """The order of a segment as others see it has the counter at the front."""
+    cache = make_cache(max_entries=4)
+    cache.update(a=1, b=2, c=3)
+    cache.incr("a")
+    with Segment(cache.name) as segment:
+        entries = {key: segment.find(fmt.Kind.STR, key) for key in (b"a", b"b", b"c")}
+        slots = [entry.slot for entry in entries.values() if entry]
+        assert segment.ring(0) == [slots[0], slots[2], slots[1]]
+        assert segment.newest(0, 2) == [slots[0], slots[2]]
+    cache.incr("b")
+    with Segment(cache.name) as segment:
+        assert segment.ring(0) == [slots[1], slots[0], slots[2]]
+
+
+@pytest.mark.damaged
+@pytest.mark.parametrize("slot", [0, 3, 4])
+def test_late_use_of_no_entry_is_dropped(make_cache: MakeCache, slot: int) -> None:
+    """If damage has the next holder move a slot that is free, or was never used, to the
+    front, it does not."""
+    cache = make_cache(max_entries=4)
+    cache.update(a=1, b=2, c=3)
+    del cache["c"]
+    words, base = cache._attachment.words, cache._words_of(0)
+    words[base + fmt.S_LATE_USE] = slot
+    cache["d"] = 4
+    assert words[base + fmt.S_LATE_USE] == 0
+    assert cache.check() == []
+    assert by_age(cache) == ["a", "b", "d"]
+
+
+@pytest.mark.damaged
+def test_late_use_of_a_slot_beyond_the_last_is_damage(make_cache: MakeCache) -> None:
+    """A number that is no slot is reported once, and the shard goes on."""
+    cache = make_cache(max_entries=4)
+    cache.update(a=1, b=2)
+    words, base = cache._attachment.words, cache._words_of(0)
+    for number in (1 << 20, 1 << 32, fmt.MASK64):
+        words[base + fmt.S_LATE_USE] = number
+        with pytest.raises(shmcache.SegmentCorrupt, match="repeat the call"):
+            cache.set("b", 2)
+        assert words[base + fmt.S_LATE_USE] == 0
+        cache.set("b", 2)
+    assert by_age(cache) == ["a", "b"]
 
 
 def test_tokens_are_not_given_out_again_in_a_new_segment(
