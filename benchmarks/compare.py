@@ -1,14 +1,19 @@
-"""Two builds of shmcache, compared operation by operation in one run.
+"""Two states of shmcache, compared operation by operation in one run.
 
 A build is given as the Python interpreter that has it installed.  The builds run the
 operations of ``latency.py``, or the plans of ``contention.py``, in processes of their
-own, in turn, so that other users of the machine slow both alike.  The processes are
-replaced several times, because a process can be a tenth slower or faster for all its
-life, depending on where its memory lies.  The table has the median over all rounds of
-the ratio within a round, and the range of the middle half of the ratios.
+own, in turn, so that other users of the machine slow both alike.
 
-    python benchmarks/compare.py BEFORE/bin/python AFTER/bin/python
-                                 [--entries N] [--rounds N] [--contention]
+One and the same source can be a sixth slower or faster, depending on where the compiler
+puts its branches.  So give several builds of each state, which differ in that alone:
+``CFLAGS=-falign-functions=64 pip install .``, and 32, and ``-falign-jumps=16``, say.  A
+process, too, is slower or faster for all its life, depending on where its memory lies.
+So there are many pairs of processes, and the builds of each state take turns.  The
+table has the mean over the pairs of the median ratio of their rounds, and its standard
+error.
+
+    python benchmarks/compare.py BEFORE,BEFORE,... AFTER,AFTER,... [--entries N]
+                                 [--pairs N] [--rounds N] [--contention]
 """
 
 from __future__ import annotations
@@ -22,8 +27,8 @@ from _bench import heading, table
 from contention import Contention
 from latency import Operations
 
-PAIRS = 8  # how many pairs of processes there are, one after the other
 SECONDS = 0.5  # how long processes contend in one measurement
+Figures = tuple[float, float, float]  # medians: before (ns), after (ns), their ratio
 
 
 class Build:
@@ -70,51 +75,65 @@ def serve(entries: int, contention: bool) -> None:
     operations.close()
 
 
+def compare(builds: list[Build], rounds: int, pair: int) -> dict[str, Figures]:
+    """Return the figures of each operation, given two builds."""
+    for build in builds:
+        names = build.names()  # answers after the caches have been filled
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for n in range(rounds):
+        order = builds if (pair + n) % 2 else builds[::-1]
+        for name, taken in times.items():
+            took = {build: build.time(name) for build in order}
+            taken.append((took[builds[0]], took[builds[1]]))
+    return {
+        name: (
+            statistics.median(before for before, _ in taken),
+            statistics.median(after for _, after in taken),
+            statistics.median(after / before for before, after in taken),
+        )
+        for name, taken in times.items()
+    }
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("python", nargs="*", help="BEFORE and AFTER")
+    parser.add_argument("state", nargs="*", help="interpreters, with commas between")
     parser.add_argument("--entries", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=24, help="pairs of processes")
+    parser.add_argument("--rounds", type=int, default=8, help="of each pair")
     parser.add_argument("--contention", action="store_true", help="several processes")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(options.entries, options.contention)
         return
-    if len(options.python) != 2:
-        parser.error("name the interpreters of two builds")
-    times: dict[str, list[tuple[float, ...]]] = {}
-    for pair in range(PAIRS):
+    if len(options.state) != 2:
+        parser.error("name the interpreters of two states")
+    measured: dict[str, list[Figures]] = {}
+    for pair in range(options.pairs):
         builds = [
-            Build(python, options.entries, options.contention)
-            for python in options.python
+            Build(pythons[pair % len(pythons)], options.entries, options.contention)
+            for pythons in (state.split(",") for state in options.state)
         ]
-        for build in builds:
-            names = build.names()  # answers after the caches have been filled
-        for round_ in range(-(-options.rounds // PAIRS)):
-            order = builds if (pair + round_) % 2 else builds[::-1]
-            for name in names:
-                taken = {build: build.time(name) for build in order}
-                times.setdefault(name, []).append(tuple(taken[b] for b in builds))
+        for name, figures in compare(builds, options.rounds, pair).items():
+            measured.setdefault(name, []).append(figures)
         for build in builds:
             build.close()
     rows = []
-    for name, pairs in times.items():
-        before, after = zip(*pairs, strict=True)
-        ratios = sorted(b / a for a, b in pairs)
-        quarter = len(ratios) // 4
+    for name, pairs in measured.items():
+        befores, afters, ratios = zip(*pairs, strict=True)
         rows.append(
             [
                 name,
-                f"{statistics.median(before):.0f}",
-                f"{statistics.median(after):.0f}",
-                f"{statistics.median(ratios):.3f}",
-                f"{ratios[quarter]:.3f} to {ratios[-quarter - 1]:.3f}",
+                f"{statistics.median(befores):.0f}",
+                f"{statistics.median(afters):.0f}",
+                f"{statistics.mean(ratios):.3f}",
+                f"{statistics.stdev(ratios) / len(ratios) ** 0.5:.3f}",
             ]
         )
     heading(f"Before and after, {options.entries:,} entries at random")
-    table(["operation", "before, ns", "after, ns", "ratio", "middle half"], rows)
+    table(["operation", "before, ns", "after, ns", "ratio", "+-"], rows)
 
 
 if __name__ == "__main__":

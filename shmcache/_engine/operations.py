@@ -149,6 +149,9 @@ class Engine(Numbers):
 
         The token stands for this version of the entry, and never for another one, also
         in a segment that takes the place of this one.  The tokens of one key grow.
+
+        Raises:
+            LockTimeout: The lock was not free within ``lock_timeout``.
         """
         return self._read_versioned(key)
 
@@ -157,6 +160,7 @@ class Engine(Numbers):
 
         Raises:
             KeyError: The key is absent.
+            LockTimeout: The lock was not free within ``lock_timeout``.
         """
         expires: Word = self._expiry(key)
         now: Word = self._now()  # after the wait for the lock, if there was one

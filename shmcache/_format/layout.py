@@ -64,7 +64,7 @@ from enum import IntEnum
 from xxhash import xxh3_64_intdigest
 
 MAGIC = int.from_bytes(b"shmcache", "little")
-FORMAT = 1
+FORMAT = 2
 
 PAGE = 4096
 LINE = 64

@@ -517,7 +517,7 @@ LAST_ROW = fmt.ROWS - 1
 DAMAGES = [
     # the header
     header(fmt.H_MAGIC, 0, "header: magic is 0x0000000000000000, not 0x"),
-    header(fmt.H_FORMAT, 2, "header: format is 2, not 1"),
+    header(fmt.H_FORMAT, 1, "header: format is 1, not 2"),
     header(fmt.H_SIZE, 4096, "header: size is 4096, but planned is"),
     header(fmt.H_SEED, SEED + 1, "slot 9: hash is"),
     header(fmt.H_CREATED_WALL, 0, "header: created_wall is 0"),
