@@ -189,7 +189,9 @@ class Scene:
         while slot:
             found.append(slot)
             slot = records[slot * L.RECORD_WORDS + L.F_LRU_NEXT]
-        return found
+        # The next holder of the lock moves this one to the front before all else.
+        late = self.word(L.S_LATE_USE)
+        return [late, *(slot for slot in found if slot != late)] if late else found
 
     def exercise(self) -> None:
         """Use every list of the shard: fill, evict, overwrite, expire, remove."""
