@@ -4,7 +4,7 @@ A build is given as the Python interpreter that has it installed.  The builds ru
 operations of ``latency.py``, or the plans of ``contention.py``, in processes of their
 own, in turn, so that other users of the machine slow both alike.
 
-One and the same source can be a sixth slower or faster, depending on where the compiler
+One and the same source can be a fifth slower or faster, depending on where the compiler
 puts its branches.  So give several builds of each state, which differ in that alone:
 ``CFLAGS=-falign-functions=64 pip install .``, and 32, and ``-falign-jumps=16``, say.  A
 process, too, is slower or faster for all its life, depending on where its memory lies.

@@ -324,7 +324,7 @@ def test_increment_is_a_use_for_all_who_look(make_cache: MakeCache) -> None:
 
 
 @pytest.mark.damaged
-@pytest.mark.parametrize("slot", [0, 3, 4])
+@pytest.mark.parametrize("slot", [3, 4])
 def test_late_use_of_no_entry_is_dropped(make_cache: MakeCache, slot: int) -> None:
     """If damage has the next holder move a slot that is free, or was never used, to the
     front, it does not."""
